@@ -1,0 +1,300 @@
+"""The conformance kit for Ulysses sequence parallelism: one file, needs torch and safetensors alone.
+
+A judge asks an implementation through a folder of files (ULYSSES_EXCHANGE). What is the same for every
+implementation lives here: starting the ranks, reading cases, backward, answering, leaving. You write
+
+    import ulysses_kit
+    def setup(rank):                        # once per rank: make process groups
+        torch.distributed.init_process_group(
+            "gloo", init_method=rank.init_method, rank=rank.rank, world_size=rank.world)
+    def attention(q, k, v, case):           # leaves that require grad; returns out, the kit runs backward
+        return my_attention(q, k, v, case.causal)
+    if __name__ == "__main__":
+        ulysses_kit.serve(implementation="mine", version="1", setup=setup, attention=attention,
+                          features=["dtype-f32", "mask-causal", "batch"])
+
+Started alone, the file forks one process per rank, so that they share one `import torch`: import in the module,
+but leave threads, CUDA and process groups to `setup`. Under torchrun, mpirun or srun it is the rank that the
+launcher says. What `attention` raises is the answer to that case (`Unsupported` for what it refuses), and the
+rank stays alive. Standard output and error go to the session's logs, with Python's stack after a crash or SIGTERM.
+
+Not here, on purpose: comparing (the judge does), casting, padding, or any collective.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: one thread for each rank, no pool to fork
+
+import dataclasses
+import faulthandler
+import functools
+import importlib.metadata
+import json
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import safetensors.torch
+import torch
+import torch.fx.experimental.symbolic_shapes  # half a second; autograd.grad imports it, in every rank if not here
+from torch import Tensor
+
+torch.set_num_threads(1)  # the same, for an adapter that imported torch first
+PROTOCOL = 1
+FEATURES = (
+    *("dtype-f64", "dtype-f32", "dtype-bf16", "dtype-f16", "mask-full", "mask-causal"),
+    "batch",  # more than one sequence
+    "grouped-kv",  # fewer KV heads than query heads
+    "kv-replication",  # fewer KV heads than ranks, and they divide the ranks
+    "uneven-kv-heads",  # KV heads do not divide the ranks, nor ranks the KV heads
+    "uneven-query-heads",  # query heads are no multiple of the ranks
+    "uneven-sequence",  # the sequence is no multiple of the ranks
+)
+# The variables in which launchers say rank, world size and rank on this host. Slurm's size is that of the step:
+# a batch script has SLURM_PROCID as well, and it is no rank.
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+)
+
+
+class Unsupported(Exception):
+    """Raise it, on every rank and before any collective, for a case that the implementation refuses."""
+
+
+@dataclasses.dataclass
+class Rank:
+    """What `setup` is told."""
+
+    rank: int
+    world: int
+    device: torch.device
+    init_method: str  # a file:// store in the session folder, for init_process_group
+    session: Path
+    case: int | None = None
+
+    def progress(self, words: str) -> None:
+        """Says what this rank does now. The judge quotes the last such line when a rank hangs or dies."""
+        line = words if self.case is None else f"case {self.case}: {words}"
+        _write(self.session / "progress" / f"rank-{self.rank}", f"{line}\n".encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What `attention` is told beside q [B,s,Hq,D], k and v [B,s,Hkv,D]. The scale is 1/sqrt(head_size)."""
+
+    name: str
+    number: int
+    profile: str
+    rank: int
+    world: int
+    batch: int
+    sequence: int  # of all ranks together
+    shard_lengths: list[int]  # of every rank; they own contiguous tokens, in rank order
+    query_heads: int
+    kv_heads: int
+    head_size: int
+    mask: str  # "causal" or "full"
+    dtype: str  # "f64", "f32", "bf16" or "f16"
+    position_ids: Tensor  # int64 [B,s]
+    dout: Tensor  # the cotangent of out, for an implementation that runs its own backward
+
+    @property
+    def causal(self) -> bool:
+        return self.mask == "causal"
+
+
+# returns out [B,s,Hq,D], or (out, dq, dk, dv) when it runs its own backward
+Attention = Callable[[Tensor, Tensor, Tensor, Case], Tensor | tuple[Tensor, Tensor, Tensor, Tensor]]
+Setup = Callable[[Rank], Any]
+
+
+def serve(*, implementation: str, version: str, features: Sequence[str], setup: Setup, attention: Attention,
+          libraries: Sequence[str] = ()) -> None:  # fmt: skip
+    """Answers every case of the session as the ranks that are to run here, then exits the process.
+
+    `features` are what it claims of FEATURES, `libraries` installed distributions whose versions the report names.
+    """
+    if unknown := sorted(set(features) - set(FEATURES)):
+        raise ValueError(f"unknown features {unknown}; this kit knows {list(FEATURES)}")
+    folder = Path(os.environ.get("ULYSSES_EXCHANGE") or sys.exit("ulysses_kit: ULYSSES_EXCHANGE is not set")).absolute()
+    session = json.loads((folder / "session.json").read_text())
+    if session["protocol"] != PROTOCOL:
+        sys.exit(f"ulysses_kit: the session speaks protocol {session['protocol']}, this kit {PROTOCOL}")
+    versions = {"torch": torch.__version__, **{name: importlib.metadata.version(name) for name in libraries}}
+    hello = {"implementation": implementation, "version": version, "libraries": versions, "features": list(features)}
+
+    run = functools.partial(_run_rank, folder, session, hello, setup, attention)
+    for rank_key, world_key, local_key in LAUNCHERS:
+        if rank_key in os.environ and world_key in os.environ:
+            rank, world = int(os.environ[rank_key]), int(os.environ[world_key])
+            if world != session["world"]:
+                sys.exit(f"ulysses_kit: {world_key} is {world}, the session wants {session['world']} ranks")
+            sys.exit(run(rank, int(os.environ.get(local_key, rank)), None))
+    sys.exit(_fork_ranks(folder, session, run))
+
+
+def _fork_ranks(folder: Path, session: dict, run: Callable[[int, int, int], int]) -> int:
+    """Starts all ranks as children and waits. When one fails: says which, ends the others, returns 1."""
+    if torch.distributed.is_initialized() or threading.active_count() > 1:
+        sys.exit("ulysses_kit: a thread or a process group exists before the ranks are forked; start it in setup")
+    sys.stdout.flush(), sys.stderr.flush()  # or every child would write it again
+    parent, ranks, failures = os.getpid(), {}, []
+    for rank in range(session["world"]):
+        if (pid := os.fork()) == 0:
+            status = 1
+            try:
+                status = run(rank, rank, parent)
+            except BaseException:  # sys.exit in setup or attention, too: ranks leave at the end and not before
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)  # not through what the parent would do at exit
+        ranks[pid] = rank
+    while ranks:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in ranks:
+            rank, code = ranks.pop(pid), os.waitstatus_to_exitcode(status)
+            how = f"died of {signal.Signals(-code).name}" if code < 0 else f"left with exit status {code}"
+            if code != 0 or not (folder / "end").exists():
+                failures.append(f"rank {rank} (pid {pid}) {how}")
+        elif failures:  # all that died by themselves are named by now
+            break
+        elif _judge_is_there(session["judge"]):
+            time.sleep(0.02)
+        else:
+            failures.append("the judge is gone")
+    if failures:
+        print("ulysses_kit: " + ", ".join(failures), file=sys.stderr, flush=True)
+    for end in (signal.SIGTERM, signal.SIGKILL) if ranks else ():  # the first has them write their stacks
+        for pid in ranks:
+            os.kill(pid, end)
+        time.sleep(0.3)
+    return int(bool(failures))
+
+
+def _run_rank(folder: Path, session: dict, hello: dict, setup: Setup, attention: Attention,
+              rank: int, local_rank: int, parent: int | None) -> int:  # fmt: skip
+    """One rank, from the redirect of its streams to the end of the session; returns its exit status."""
+    for number, stream, name in ((1, sys.stdout, "stdout"), (2, sys.stderr, "stderr")):
+        with open(folder / "logs" / f"rank-{rank}.{name}", "ab") as log:
+            os.dup2(log.fileno(), number)  # the descriptors, so that native aborts land there as well
+        stream.reconfigure(line_buffering=True)  # a killed rank flushes nothing
+    faulthandler.enable(file=2)
+    faulthandler.register(signal.SIGTERM, file=2, chain=True)
+    threading.Thread(target=_leave_when_alone, args=(session["judge"], parent), daemon=True).start()
+    device = torch.device(session["device"])
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    me = Rank(rank, session["world"], device, f"file://{folder}/store", folder)
+    me.progress("setup")
+    setup(me)  # what it raises ends this rank, with the traceback in its log
+    hello.update(protocol=PROTOCOL, rank=rank, world=me.world, pid=os.getpid(), host=socket.gethostname())
+    _write(folder / "hello" / f"rank-{rank}.json", json.dumps(hello).encode())
+    number, pause = 0, 0.0003
+    while True:
+        path = folder / "cases" / str(number) / f"rank-{rank}.safetensors"
+        if path.exists():
+            me.case = number
+            answer = _answer(me, attention, path)
+            (folder / "results" / str(number)).mkdir(exist_ok=True)
+            _write(folder / "results" / str(number) / path.name, answer)
+            me.progress("answered")
+            number, pause = number + 1, 0.0003  # the next case comes soon, or much later
+        elif (folder / "end").exists():
+            return 0
+        else:
+            time.sleep(pause)
+            pause = min(pause * 1.05, 0.005)
+
+
+def _answer(rank: Rank, attention: Attention, path: Path) -> bytes:
+    """The answer file of one case, whatever happens in `attention`."""
+    answer = {"status": "ok", "message": "", "elapsed_s": 0.0, "peak_memory_bytes": None, "bytes_sent": None}
+    try:
+        tensors = _outputs_and_gradients(rank, attention, path, answer)
+        return safetensors.torch.save(tensors, {"answer": json.dumps(answer)})
+    except Unsupported as refusal:
+        answer.update(status="unsupported", message=str(refusal) or "refused, without a reason")
+    except Exception:
+        answer.update(status="error", message=traceback.format_exc())
+    answer["message"] = answer["message"].encode("utf-8", "replace").decode()  # half a surrogate pair is no JSON
+    return safetensors.torch.save({}, {"answer": json.dumps(answer)})
+
+
+def _outputs_and_gradients(rank: Rank, attention: Attention, path: Path, answer: dict) -> dict[str, Tensor]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        told = json.loads(file.metadata()["case"])
+        given = {name: file.get_tensor(name).to(rank.device, copy=True) for name in file.keys()}
+    if told["profile"] != "attention":
+        raise Unsupported(f"this kit knows the profile attention, not {told['profile']}")
+    case = Case(**told, position_ids=given["position_ids"], dout=given["dout"])
+    leaves = {name: given[name].requires_grad_() for name in ("q", "k", "v")}
+    if rank.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(rank.device)
+    rank.progress("forward")
+    started = time.perf_counter()
+    answered = attention(*leaves.values(), case)
+    answered = answered if isinstance(answered, tuple) else (answered,)
+    if len(answered) not in (1, 4) or not all(isinstance(tensor, Tensor) for tensor in answered):
+        kinds = [type(tensor).__name__ for tensor in answered]
+        raise TypeError(f"attention returned {kinds}; wanted a tensor out, or tensors (out, dq, dk, dv)")
+    if len(answered) == 1:
+        rank.progress("backward")
+        answered += _gradients(answered[0], leaves, case.dout)
+    if rank.device.type == "cuda":
+        torch.cuda.synchronize(rank.device)
+        answer["peak_memory_bytes"] = torch.cuda.max_memory_allocated(rank.device)
+    answer["elapsed_s"] = time.perf_counter() - started
+    rank.progress("answer")
+    # own, contiguous memory, as the format wants it; neither shape nor dtype changes
+    copies = (tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for tensor in answered)
+    return dict(zip(("out", "dq", "dk", "dv"), copies))
+
+
+def _gradients(out: Tensor, leaves: dict[str, Tensor], dout: Tensor) -> tuple[Tensor, ...]:
+    if out.shape != dout.shape or out.dtype != dout.dtype:  # autograd would cast dout without a word
+        raise ValueError(f"out is {out.dtype} {list(out.shape)}; it must be like q, {dout.dtype} {list(dout.shape)}")
+    if not out.requires_grad:
+        raise RuntimeError("out has no graph: autograd cannot reach q, k, v from it. Or return (out, dq, dk, dv)")
+    gradients = torch.autograd.grad(out, tuple(leaves.values()), dout, allow_unused=True)
+    if missing := [f"d{name}" for name, gradient in zip(leaves, gradients) if gradient is None]:
+        raise RuntimeError(f"no gradient {', '.join(missing)}: out does not depend on that input through autograd")
+    return gradients
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A file counts once it has its final name: nobody reads half of one."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_bytes(content)
+    beside.rename(path)
+
+
+def _judge_is_there(judge: dict) -> bool:
+    """Whether the judge lives. Only its own host can tell; from elsewhere it is taken to."""
+    if judge["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(judge["pid"], 0)
+        stat = Path(f"/proc/{judge['pid']}/stat")  # of a zombie, the number is alive; the state stands after the name
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError as error:
+        return isinstance(error, PermissionError)  # another user's process
+
+
+def _leave_when_alone(judge: dict, parent: int | None) -> None:
+    """A thread: ends this rank a second after the judge or the parent, out of a hanging collective as well."""
+    while _judge_is_there(judge) and (parent is None or os.getppid() == parent):
+        time.sleep(1.0)
+    print("ulysses_kit: the judge or the parent process is gone; leaving", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -1,0 +1,60 @@
+//! The bundled reference behind the exchange, one MPI process for each rank:
+//! it goes through the same door as everybody else.
+//!
+//! ```text
+//! mpirun -n {world} reference-adapter --kernel sdpa
+//! ```
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use clap::Parser;
+use fixtures::exchange::{FOLDER_VARIABLE, Hello, PROTOCOL, Session, serve};
+use nix::unistd::{dup2_stderr, dup2_stdout};
+use ulysses::{Communicator, Kernel, MpiWorld};
+use ulysses_conformance::implementation::{FEATURES, answer, kernel_parser};
+
+/// Answers the cases of an exchange with the bundled reference. To be started
+/// by mpirun, with the folder of the exchange in ULYSSES_EXCHANGE.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// The core attention
+    #[arg(long, value_parser = kernel_parser(), default_value = "sdpa")]
+    kernel: Kernel,
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments = Arguments::parse();
+    let folder = std::env::var_os(FOLDER_VARIABLE)
+        .ok_or_else(|| format!("{FOLDER_VARIABLE} is not set: the judge sets it"))?;
+    let (session, info) = Session::open(Path::new(&folder))?;
+    let world = MpiWorld::initialize()?;
+    let communicator = Arc::new(world.communicator());
+    let rank = communicator.rank();
+
+    // What this rank says is kept apart from what the others say.
+    let log = |stream| File::create(session.log_path(&format!("rank-{rank}"), stream));
+    dup2_stdout(log("stdout")?)?;
+    dup2_stderr(log("stderr")?)?;
+
+    tch::set_num_threads(1);
+    let hello = Hello {
+        protocol: PROTOCOL,
+        rank,
+        world: communicator.size(),
+        pid: std::process::id(),
+        host: hostname::get()?.to_string_lossy().into_owned(),
+        implementation: "reference-mpi".to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        libraries: BTreeMap::new(),
+        features: FEATURES.map(|feature| feature.name().to_owned()).into(),
+    };
+    serve(&session, &info, &hello, |case, inputs| {
+        answer(case, inputs, communicator.clone(), arguments.kernel)
+    })?;
+    Ok(())
+}

@@ -1,0 +1,97 @@
+//! The fixed cases, in the order in which they are asked.
+//!
+//! World sizes are outermost, so that an implementation is started once for
+//! each; within one, the plainest head counts come first.
+//!
+//! Every world size, pair of head counts, mask and element type meets every
+//! other. Batch, head size, length and content take turns over these, so that
+//! each value of them meets each of the others' many times at a twelfth of the
+//! whole product's cost. All sizes of a case differ from one another and from
+//! those of its shards: a dimension taken for another changes a shape.
+
+use fixtures::{Case, Content, Dtype, Mask};
+
+const WORLDS: [usize; 4] = [1, 2, 3, 4];
+
+/// (query heads, KV heads): MHA, GQA, MQA, and head counts that are no powers
+/// of two.
+const HEADS: [(usize, usize); 6] = [(8, 8), (8, 4), (8, 2), (8, 1), (6, 3), (12, 3)];
+
+/// (batch, head size, sequence, content). The lengths are multiples of every
+/// world size.
+const TURNS: [(usize, usize, usize, Content); 12] = [
+    (1, 16, 60, Content::Gaussian),
+    (3, 64, 84, Content::Peaked),
+    (1, 80, 132, Content::Gaussian),
+    (3, 16, 60, Content::Peaked),
+    (1, 64, 84, Content::Gaussian),
+    (3, 80, 60, Content::Peaked),
+    (1, 16, 132, Content::Peaked),
+    (3, 64, 60, Content::Gaussian),
+    (1, 80, 84, Content::Peaked),
+    (3, 16, 84, Content::Gaussian),
+    (1, 64, 132, Content::Peaked),
+    (3, 80, 84, Content::Gaussian),
+];
+
+/// Lengths that leave one and two tokens over when they are cut in two, three
+/// and four.
+const UNEVEN_SEQUENCES: [usize; 2] = [85, 86];
+
+/// Every case of the catalogue.
+pub fn cases() -> Vec<Case> {
+    WORLDS
+        .into_iter()
+        .flat_map(|world| even_sequences(world).chain(uneven_sequences(world)))
+        .collect()
+}
+
+fn even_sequences(world: usize) -> impl Iterator<Item = Case> {
+    let grid = HEADS.into_iter().flat_map(|heads| {
+        Mask::ALL
+            .into_iter()
+            .flat_map(move |mask| Dtype::FLOATS.map(|dtype| (heads, mask, dtype)))
+    });
+    // A stride prime to the number of turns, offset by the world size: the
+    // same turn does not come back to the same element type.
+    grid.enumerate()
+        .map(move |(i, ((query_heads, kv_heads), mask, dtype))| {
+            let (batch, head_size, sequence, content) = TURNS[(5 * i + i / 12 + world) % 12];
+            Case {
+                world,
+                batch,
+                sequence,
+                query_heads,
+                kv_heads,
+                head_size,
+                mask,
+                dtype,
+                content,
+                seed: 0,
+            }
+        })
+}
+
+fn uneven_sequences(world: usize) -> impl Iterator<Item = Case> {
+    UNEVEN_SEQUENCES
+        .into_iter()
+        .filter(move |sequence| !sequence.is_multiple_of(world))
+        .flat_map(move |sequence| {
+            // The first pair of head counts that `world` divides, then GQA.
+            let plain = if world == 3 { (6, 3) } else { (8, 8) };
+            [plain, (12, 3)].into_iter().flat_map(move |heads| {
+                [(Mask::Full, Dtype::F32), (Mask::Causal, Dtype::Bf16)].map(|(mask, dtype)| Case {
+                    world,
+                    batch: 1,
+                    sequence,
+                    query_heads: heads.0,
+                    kv_heads: heads.1,
+                    head_size: 16,
+                    mask,
+                    dtype,
+                    content: Content::Peaked,
+                    seed: 0,
+                })
+            })
+        })
+}

@@ -1,0 +1,280 @@
+//! The program's arguments, and what it does with them.
+
+use std::env;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use fixtures::Case;
+use ulysses::Kernel;
+
+use crate::implementation::{
+    Bundled, Conditions, External, Implementation, Interrupt, kernel_name, kernel_parser, launch_of,
+};
+use crate::judge::Verdict;
+use crate::report::{self, Progress};
+use crate::runner::{self, Summary};
+use crate::{ExitCode, catalogue};
+
+/// Judges implementations of Ulysses sequence parallelism against dense
+/// attention and its gradients.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXIT_CODES)]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    all that was asked was answered rightly, or refused where that was due
+  1    at least one case failed, crashed or hung
+  2    the command line makes no sense
+  3    no case was judged
+  4    at least one case is unclear, and none failed
+  5    something that the run needs is missing on this machine
+  130  interrupted";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Asks implementations the cases of the catalogue and judges the answers
+    Run(RunArguments),
+}
+
+#[derive(Debug, Args)]
+struct RunArguments {
+    /// What is judged; give it several times to judge one after the other
+    #[arg(long, value_enum, value_name = "NAME", default_value = "reference")]
+    implementation: Vec<Bundled>,
+
+    /// Judge what this command starts instead: {world} in it is the number of
+    /// ranks, {exchange} the folder of the exchange, which is in
+    /// ULYSSES_EXCHANGE too
+    #[arg(long, value_name = "COMMAND", conflicts_with = "implementation")]
+    launch: Option<String>,
+
+    /// Only cases whose name contains this text; given several times, all of
+    /// the texts
+    #[arg(long, value_name = "TEXT")]
+    filter: Vec<String>,
+
+    /// This case, in the catalogue or not, instead of the catalogue
+    #[arg(long, value_name = "NAME")]
+    case: Vec<Case>,
+
+    /// Only cases on this many ranks
+    #[arg(long, value_name = "RANKS", value_delimiter = ',')]
+    world: Vec<usize>,
+
+    /// Other values in every case of the catalogue than those of seed 0
+    #[arg(long, value_name = "SEED", conflicts_with = "case")]
+    seed: Option<u64>,
+
+    /// The core attention of the reference
+    #[arg(long, value_parser = kernel_parser(), default_value = "sdpa")]
+    kernel: Kernel,
+
+    /// Seconds that every rank has to answer a case
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    time_limit: Duration,
+
+    /// Seconds that every rank has to start
+    #[arg(long, value_name = "SECONDS", default_value = "180", value_parser = seconds)]
+    start_limit: Duration,
+
+    /// Where the folders of the exchange are made; every rank must see it, so
+    /// that ranks on several hosts want a shared file system [default:
+    /// /dev/shm, or the folder for temporary files]
+    #[arg(long, value_name = "FOLDER")]
+    exchange: Option<PathBuf>,
+
+    /// Print the names of the selected cases, and run none
+    #[arg(long)]
+    list: bool,
+}
+
+/// A folder in memory where there is one: a case is written and read once.
+fn exchange() -> PathBuf {
+    let memory = PathBuf::from("/dev/shm");
+    match memory.is_dir() {
+        true => memory,
+        false => env::temp_dir(),
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    text.parse()
+        .ok()
+        .filter(|&seconds| seconds > 0.0)
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .ok_or_else(|| "a number of seconds above 0 is due".to_owned())
+}
+
+/// Does what the command line asks for. `program` is how it was called.
+pub fn execute(arguments: &Arguments, program: &str) -> ExitCode {
+    let Command::Run(arguments) = &arguments.command;
+    let cases = arguments.cases();
+    if cases.is_empty() {
+        eprintln!(
+            "error: no case is selected: --case, --filter and --world leave none of the \
+             catalogue's {}; --list without them prints all",
+            catalogue::cases().len()
+        );
+        return ExitCode::NothingJudged;
+    }
+    if arguments.list {
+        for case in cases {
+            println!("{case}");
+        }
+        return ExitCode::Success;
+    }
+    let interrupt = Interrupt::default();
+    let on_signal = interrupt.clone();
+    if let Err(error) = ctrlc::set_handler(move || on_signal.set()) {
+        eprintln!("error: signals cannot be handled: {error}");
+        return ExitCode::Environment;
+    }
+    let choices = match arguments.choices(&interrupt) {
+        Ok(choices) => choices,
+        Err(reason) => {
+            eprintln!("error: {reason}");
+            return ExitCode::Environment;
+        }
+    };
+    // One thread per rank. The setting is the process', and so the oracle's.
+    tch::set_num_threads(1);
+    let mut progress = Progress::new();
+    let mut summaries = Vec::new();
+    let mut failures = String::new();
+    for Choice {
+        mut implementation,
+        flags,
+    } in choices
+    {
+        let summary = runner::run(&mut *implementation, &cases, &interrupt, &mut |event| {
+            progress.tell(&event);
+        });
+        let command = format!("{program} run {flags}{}", arguments.limits_and_kernel());
+        failures += &report::failures(&summary, &command);
+        summaries.push(summary);
+    }
+    println!();
+    print!("{failures}");
+    println!("{}", report::verdicts(&summaries));
+    println!(
+        "How near the right answers are: how many are bit-equal to dense SDPA, and how far\n\
+         the worst row is off, relative to what it may be.\n\n{}",
+        report::closeness(&summaries)
+    );
+    println!(
+        "What a case takes, in the median.\n\n{}",
+        report::costs(&summaries)
+    );
+    let exit_code = exit_code(&summaries);
+    println!("{}", last_line(exit_code));
+    exit_code
+}
+
+/// What is to be judged, and the flags that choose it.
+struct Choice {
+    implementation: Box<dyn Implementation>,
+    flags: String,
+}
+
+impl RunArguments {
+    fn cases(&self) -> Vec<Case> {
+        let mut cases = match self.case.as_slice() {
+            [] => catalogue::cases(),
+            named => named.to_vec(),
+        };
+        if let Some(seed) = self.seed {
+            cases.iter_mut().for_each(|case| case.seed = seed);
+        }
+        cases.retain(|case| {
+            let name = case.to_string();
+            self.filter.iter().all(|text| name.contains(text))
+                && (self.world.is_empty() || self.world.contains(&case.world))
+        });
+        cases
+    }
+
+    fn choices(&self, interrupt: &Interrupt) -> Result<Vec<Choice>, String> {
+        let conditions = Conditions {
+            start_limit: self.start_limit,
+            case_limit: self.time_limit,
+            exchange: self.exchange.clone().unwrap_or_else(exchange),
+        };
+        if let Some(command) = &self.launch {
+            let launch = launch_of(command).map_err(|error| format!("--launch: {error}"))?;
+            let name = launch.name();
+            let flags = format!("--launch {}", shell_words::quote(command));
+            let external = External::new(name, launch, conditions, interrupt);
+            return Ok(vec![Choice {
+                implementation: Box::new(external),
+                flags,
+            }]);
+        }
+        self.implementation
+            .iter()
+            .map(|bundled| {
+                let implementation =
+                    bundled.implementation(self.kernel, conditions.clone(), interrupt)?;
+                let flags = format!("--implementation {}", bundled.name());
+                Ok(Choice {
+                    implementation,
+                    flags,
+                })
+            })
+            .collect()
+    }
+
+    /// The flags, besides those that choose implementation and case, without
+    /// which a case would not be repeated as it was.
+    fn limits_and_kernel(&self) -> String {
+        let mut flags = String::new();
+        if self.kernel != Kernel::Sdpa {
+            flags += &format!(" --kernel {}", kernel_name(self.kernel));
+        }
+        if self.time_limit != Duration::from_secs(30) {
+            flags += &format!(" --time-limit {}", self.time_limit.as_secs_f64());
+        }
+        flags
+    }
+}
+
+fn exit_code(summaries: &[Summary]) -> ExitCode {
+    let any = |verdict: fn(Verdict) -> bool| {
+        summaries
+            .iter()
+            .flat_map(|summary| &summary.records)
+            .any(|record| verdict(record.judgement.verdict))
+    };
+    let judged_nothing = |summary: &Summary| {
+        !summary
+            .records
+            .iter()
+            .any(|record| record.judgement.verdict.is_judged())
+    };
+    if summaries.iter().any(|summary| summary.is_interrupted) {
+        ExitCode::Interrupted
+    } else if any(Verdict::is_failure) {
+        ExitCode::Failed
+    } else if any(|verdict| verdict == Verdict::Unclear) {
+        ExitCode::Unclear
+    } else if summaries.iter().any(judged_nothing) {
+        ExitCode::NothingJudged
+    } else {
+        ExitCode::Success
+    }
+}
+
+fn last_line(exit_code: ExitCode) -> &'static str {
+    match exit_code {
+        ExitCode::Success => "All that was asked was answered rightly, or refused where due.",
+        ExitCode::Failed => "Failures are listed above, each with the command that repeats it.",
+        ExitCode::Unclear => "The harness could not judge every case: see above.",
+        ExitCode::NothingJudged => "No case was judged, so nothing is shown.",
+        ExitCode::Interrupted => "Interrupted: not every case was judged.",
+        ExitCode::Usage | ExitCode::Environment => "",
+    }
+}

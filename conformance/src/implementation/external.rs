@@ -1,0 +1,169 @@
+//! An implementation behind the exchange: somebody's command, started on as
+//! many ranks as the cases want.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use fixtures::Case;
+
+use super::pool::Pool;
+use super::{Implementation, Interrupt, Outcome};
+
+/// A command that starts the ranks.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    words: Vec<String>,
+    environment: Vec<(String, OsString)>,
+}
+
+/// Why a text is no command.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// There is not one word in it.
+    #[error("the command is empty")]
+    Empty,
+    /// A quote is not closed.
+    #[error("{0}")]
+    Quotes(#[from] shell_words::ParseError),
+    /// The program is not on this machine.
+    #[error("there is no program `{0}`")]
+    NoProgram(String),
+}
+
+impl Launch {
+    /// A command as one would type it, with `{world}` and `{exchange}` for the
+    /// number of ranks and the folder of the exchange. No shell is involved.
+    pub fn parse(command: &str) -> Result<Launch, LaunchError> {
+        Launch::new(shell_words::split(command)?)
+    }
+
+    /// A command, word by word.
+    pub fn new(words: Vec<String>) -> Result<Launch, LaunchError> {
+        let program = words.first().ok_or(LaunchError::Empty)?;
+        if which::which(program).is_err() {
+            return Err(LaunchError::NoProgram(program.clone()));
+        }
+        Ok(Launch {
+            words,
+            environment: Vec::new(),
+        })
+    }
+
+    /// The same command with a variable in its environment.
+    pub fn with_variable(mut self, name: &str, value: impl Into<OsString>) -> Launch {
+        self.environment.push((name.to_owned(), value.into()));
+        self
+    }
+
+    /// What to call it: the file name of the last word, which is the adapter's
+    /// in `torchrun --nproc-per-node {world} my_adapter.py`.
+    pub fn name(&self) -> String {
+        let last = self.words.last().map(Path::new);
+        let name = last.and_then(Path::file_name).unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    }
+
+    /// The words of the command for `world` ranks. There is at least one.
+    pub(super) fn words(&self, world: usize, exchange: &Path) -> Vec<String> {
+        let (world, exchange) = (world.to_string(), exchange.to_string_lossy());
+        self.words
+            .iter()
+            .map(|word| {
+                word.replace("{world}", &world)
+                    .replace("{exchange}", &exchange)
+            })
+            .collect()
+    }
+
+    pub(super) fn environment(&self) -> impl Iterator<Item = (&str, &OsString)> {
+        self.environment
+            .iter()
+            .map(|(name, value)| (name.as_str(), value))
+    }
+}
+
+impl fmt::Display for Launch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&shell_words::join(&self.words))
+    }
+}
+
+/// Under what conditions ranks run.
+#[derive(Clone, Debug)]
+pub struct Conditions {
+    /// How long every rank has to say hello.
+    pub start_limit: Duration,
+    /// How long every rank has to answer a case.
+    pub case_limit: Duration,
+    /// Where the folders of the exchange are made. All ranks must see it.
+    pub exchange: PathBuf,
+}
+
+/// An implementation behind the exchange.
+pub struct External {
+    name: String,
+    launch: Launch,
+    conditions: Conditions,
+    interrupt: Interrupt,
+    pool: Option<Pool>,
+    /// The world sizes on which it cannot be started, and how that went. It is
+    /// not tried again for every case.
+    unstartable: BTreeMap<usize, Outcome>,
+}
+
+impl External {
+    /// The implementation that `launch` starts.
+    pub fn new(
+        name: impl Into<String>,
+        launch: Launch,
+        conditions: Conditions,
+        interrupt: &Interrupt,
+    ) -> External {
+        External {
+            name: name.into(),
+            launch,
+            conditions,
+            interrupt: interrupt.clone(),
+            pool: None,
+            unstartable: BTreeMap::new(),
+        }
+    }
+
+    /// Ranks that wait for a case: those of before, or fresh ones.
+    fn pool(&mut self, world: usize) -> Result<&mut Pool, Outcome> {
+        if let Some(outcome) = self.unstartable.get(&world) {
+            return Err(outcome.clone());
+        }
+        let old = self.pool.take();
+        let pool = match old.filter(|pool| pool.world() == world && pool.is_idle()) {
+            Some(pool) => pool,
+            None => Pool::start(&self.launch, world, &self.conditions, &self.interrupt)
+                .inspect_err(|outcome| {
+                    if !matches!(outcome, Outcome::Interrupted) {
+                        self.unstartable.insert(world, outcome.clone());
+                    }
+                })?,
+        };
+        Ok(self.pool.insert(pool))
+    }
+}
+
+impl Implementation for External {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn claims(&mut self, world: usize) -> Result<BTreeSet<String>, Outcome> {
+        Ok(self.pool(world)?.features())
+    }
+
+    fn ask(&mut self, case: &Case) -> Outcome {
+        match self.pool(case.world) {
+            Ok(pool) => pool.ask(case),
+            Err(outcome) => outcome,
+        }
+    }
+}

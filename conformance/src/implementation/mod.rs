@@ -1,0 +1,86 @@
+//! What can be judged.
+//!
+//! An implementation is asked a case and answers with one file's worth of
+//! tensors for each rank, whoever it is: the bundled reference on threads of
+//! this process, or any program in any language behind the exchange. There is
+//! no other way to the judge.
+
+mod answer;
+mod bundled;
+mod external;
+mod kernel;
+mod pool;
+mod processes;
+mod threads;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use fixtures::Case;
+use fixtures::exchange::{AnswerInfo, Tensors};
+
+pub use answer::{FEATURES, answer};
+pub use bundled::{Bundled, launch_of};
+pub use external::{Conditions, External, Launch, LaunchError};
+pub use kernel::{kernel_name, kernel_parser};
+pub use threads::ReferenceOnThreads;
+
+/// Something that can be asked cases.
+pub trait Implementation {
+    /// How it is called in reports.
+    fn name(&self) -> &str;
+
+    /// The names of the features that it claims, on `world` ranks.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be started on that many ranks: how it went.
+    fn claims(&mut self, world: usize) -> Result<BTreeSet<String>, Outcome>;
+
+    /// Asks it one case.
+    fn ask(&mut self, case: &Case) -> Outcome;
+}
+
+/// What came of asking a case.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// Every rank answered, in rank order.
+    Answered(Vec<RankAnswer>),
+    /// A rank ended before it answered.
+    Crashed(Collapse),
+    /// A rank did not answer in time.
+    Hung(Collapse),
+    /// The harness could not ask.
+    Failed(String),
+    /// The person who judges wants to stop.
+    Interrupted,
+}
+
+/// The answer of one rank, or why its answer cannot be read.
+pub type RankAnswer = Result<(AnswerInfo, Tensors), String>;
+
+/// How a group of ranks came to its end.
+#[derive(Clone, Debug)]
+pub struct Collapse {
+    /// Which rank, and what it was doing, in a sentence.
+    pub sentence: String,
+    /// What ranks and launcher had written last, a line each.
+    pub logs: Vec<String>,
+}
+
+/// Set when the person who judges wants to stop.
+#[derive(Clone, Debug, Default)]
+pub struct Interrupt(Arc<AtomicBool>);
+
+impl Interrupt {
+    /// Asks everybody to stop.
+    pub fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether everybody should stop.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,374 @@
+//! A group of ranks that somebody's launcher started, and that stays alive
+//! between cases.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fixtures::Case;
+use fixtures::exchange::{self, FOLDER_VARIABLE, Hello, Judge, PROTOCOL, Session, SessionInfo};
+use tempfile::TempDir;
+
+use super::{Collapse, Conditions, Interrupt, Launch, Outcome, RankAnswer, processes};
+
+/// How long ranks have to leave once there are no more cases.
+const LEAVE: Duration = Duration::from_secs(5);
+/// How long a launcher has to say what it saw, once one of its ranks ended.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+/// How often it is seen to that ranks and launcher still live.
+const PULSE: Duration = Duration::from_millis(5);
+/// How many lines of each stream are kept for a report: the first, which name
+/// the cause, and the last.
+const LOG_LINES: usize = 10;
+
+pub(super) struct Pool {
+    session: Session,
+    launcher: Child,
+    world: usize,
+    hellos: Vec<Option<Hello>>,
+    next_number: usize,
+    case_limit: Duration,
+    interrupt: Interrupt,
+    host: String,
+    /// Whether the ranks are known to be waiting for the next case.
+    is_idle: bool,
+    /// How much each log held when the case was posed.
+    logged: BTreeMap<PathBuf, u64>,
+    /// Removed, with all that is in it, when the pool is dropped.
+    folder: TempDir,
+}
+
+/// How a wait for the ranks ended.
+enum Waited {
+    Done,
+    /// These ranks ended; with none in it, the launcher did.
+    Died(Vec<usize>),
+    TimedOut,
+    Interrupted,
+}
+
+impl Pool {
+    /// Starts `world` ranks and waits until each has said hello.
+    pub(super) fn start(
+        launch: &Launch,
+        world: usize,
+        conditions: &Conditions,
+        interrupt: &Interrupt,
+    ) -> Result<Pool, Outcome> {
+        let mut pool = Pool::launch(launch, world, conditions, interrupt)
+            .map_err(|error| Outcome::Failed(format!("`{launch}` cannot be started: {error}")))?;
+        let deadline = Instant::now() + conditions.start_limit;
+        let waited = pool.wait(deadline, |pool| {
+            for rank in 0..world {
+                if pool.hellos[rank].is_none() {
+                    pool.hellos[rank] = pool.session.hello(rank).ok();
+                }
+            }
+            pool.hellos.iter().all(Option::is_some)
+        });
+        let missing = pool.with_progress((0..world).filter(|&rank| pool.hellos[rank].is_none()));
+        let (outcome, sentence): (fn(Collapse) -> Outcome, String) = match waited {
+            Waited::Done => match pool.unfit_hello() {
+                None => {
+                    pool.is_idle = true;
+                    return Ok(pool);
+                }
+                Some(reason) => (Outcome::Crashed, reason),
+            },
+            Waited::Died(dead) if dead.is_empty() => (
+                Outcome::Crashed,
+                format!("the launcher ended before a hello of {missing}"),
+            ),
+            Waited::Died(dead) => (
+                Outcome::Crashed,
+                format!("a process ended at the start: {}", pool.with_progress(dead)),
+            ),
+            Waited::TimedOut => (
+                Outcome::Hung,
+                format!(
+                    "no hello within {} s: {missing}",
+                    conditions.start_limit.as_secs_f64()
+                ),
+            ),
+            Waited::Interrupted => return Err(Outcome::Interrupted),
+        };
+        Err(outcome(pool.collapse(sentence)))
+    }
+
+    fn launch(
+        launch: &Launch,
+        world: usize,
+        conditions: &Conditions,
+        interrupt: &Interrupt,
+    ) -> io::Result<Pool> {
+        let folder = tempfile::Builder::new()
+            .prefix("ulysses-")
+            .tempdir_in(&conditions.exchange)?;
+        let host = hostname::get()?.to_string_lossy().into_owned();
+        let info = SessionInfo {
+            protocol: PROTOCOL,
+            world,
+            device: "cpu".to_owned(),
+            time_limit_s: conditions.case_limit.as_secs_f64(),
+            judge: Judge {
+                pid: std::process::id(),
+                host: host.clone(),
+            },
+        };
+        let session = Session::create(folder.path(), &info).map_err(io::Error::other)?;
+        let log = |stream| File::create(session.log_path("launcher", stream));
+        let words = launch.words(world, folder.path());
+        let launcher = Command::new(&words[0])
+            .args(&words[1..])
+            .envs(launch.environment())
+            .env(FOLDER_VARIABLE, folder.path())
+            .stdin(Stdio::null())
+            .stdout(log("stdout")?)
+            .stderr(log("stderr")?)
+            // An interrupt from the terminal is for the judge alone, who then
+            // ends the ranks.
+            .process_group(0)
+            .spawn()?;
+        Ok(Pool {
+            session,
+            launcher,
+            world,
+            hellos: vec![None; world],
+            next_number: 0,
+            case_limit: conditions.case_limit,
+            interrupt: interrupt.clone(),
+            host,
+            is_idle: false,
+            logged: BTreeMap::new(),
+            folder,
+        })
+    }
+
+    /// What is wrong with a rank's hello, if anything is.
+    fn unfit_hello(&self) -> Option<String> {
+        self.hellos
+            .iter()
+            .flatten()
+            .enumerate()
+            .find_map(|(rank, hello)| {
+                let said = (hello.protocol, hello.rank, hello.world);
+                let due = (PROTOCOL, rank, self.world);
+                (said != due).then(|| {
+                    format!(
+                        "rank {rank} said hello with protocol, rank and world {said:?}, \
+                         due is {due:?}"
+                    )
+                })
+            })
+    }
+
+    /// The features that every rank claims.
+    pub(super) fn features(&self) -> BTreeSet<String> {
+        self.hellos
+            .iter()
+            .flatten()
+            .map(|hello| hello.features.clone())
+            .reduce(|all, features| &all & &features)
+            .unwrap_or_default()
+    }
+
+    /// How many ranks there are.
+    pub(super) fn world(&self) -> usize {
+        self.world
+    }
+
+    /// Whether the ranks can be asked.
+    pub(super) fn is_idle(&self) -> bool {
+        self.is_idle
+    }
+
+    /// Asks the ranks one case.
+    pub(super) fn ask(&mut self, case: &Case) -> Outcome {
+        let number = self.next_number;
+        self.next_number += 1;
+        self.is_idle = false;
+        self.logged = self.logs().map(|(_, path)| (path, 0)).collect();
+        for (path, length) in &mut self.logged {
+            *length = fs::metadata(path).map_or(0, |file| file.len());
+        }
+        if let Err(error) = self.session.pose(&exchange::shards(case, number)) {
+            return Outcome::Failed(error.to_string());
+        }
+        let deadline = Instant::now() + self.case_limit;
+        let mut answers: Vec<Option<RankAnswer>> = vec![None; case.world];
+        let waited = self.wait(deadline, |pool| {
+            for (rank, answer) in answers.iter_mut().enumerate() {
+                if answer.is_none() {
+                    *answer = pool.read_answer(number, rank);
+                }
+            }
+            answers.iter().all(Option::is_some)
+        });
+        let silent = || (0..case.world).filter(|&rank| answers[rank].is_none());
+        match waited {
+            Waited::Done => match self.session.forget(number) {
+                Ok(()) => {
+                    self.is_idle = true;
+                    Outcome::Answered(answers.into_iter().flatten().collect())
+                }
+                Err(error) => Outcome::Failed(error.to_string()),
+            },
+            Waited::Died(dead) if dead.is_empty() => {
+                let ranks = self.with_progress(silent());
+                Outcome::Crashed(
+                    self.collapse(format!("the launcher ended before an answer of {ranks}")),
+                )
+            }
+            Waited::Died(dead) => {
+                let ranks = self.with_progress(dead);
+                Outcome::Crashed(self.collapse(format!("a process ended: {ranks}")))
+            }
+            Waited::TimedOut => {
+                let (limit, ranks) = (self.case_limit, self.with_progress(silent()));
+                let mut collapse = self.collapse(format!(
+                    "no answer within {} s: {ranks}",
+                    limit.as_secs_f64()
+                ));
+                // A rank that raised an error is why the others wait.
+                let told = answers.iter().enumerate().filter_map(|(rank, answer)| {
+                    let (info, _) = answer.as_ref()?.as_ref().ok()?;
+                    let message = info.message.trim_end();
+                    (!message.is_empty()).then(|| format!("rank {rank} answered: {message}"))
+                });
+                collapse.logs.splice(0..0, told.collect::<Vec<_>>());
+                Outcome::Hung(collapse)
+            }
+            Waited::Interrupted => Outcome::Interrupted,
+        }
+    }
+
+    fn read_answer(&self, number: usize, rank: usize) -> Option<RankAnswer> {
+        match self.session.result(number, rank) {
+            Err(error) if error.is_not_found() => None,
+            Err(error) => Some(Err(error.to_string())),
+            Ok(answer) => Some(Ok(answer)),
+        }
+    }
+
+    fn wait(&mut self, deadline: Instant, mut is_done: impl FnMut(&mut Pool) -> bool) -> Waited {
+        let start = Instant::now();
+        let mut next_pulse = start + PULSE;
+        loop {
+            if is_done(self) {
+                return Waited::Done;
+            }
+            if self.interrupt.is_set() {
+                return Waited::Interrupted;
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Waited::TimedOut;
+            }
+            if now >= next_pulse {
+                next_pulse = now + PULSE;
+                if let Some(dead) = self.dead() {
+                    // A rank may have answered and then ended.
+                    return match is_done(self) {
+                        true => Waited::Done,
+                        false => Waited::Died(dead),
+                    };
+                }
+            }
+            // A small case takes milliseconds, so look often at first.
+            let waited = now - start;
+            thread::sleep((waited / 20).clamp(Duration::from_micros(100), PULSE));
+        }
+    }
+
+    /// The ranks that have ended, or none of them if the launcher failed, or
+    /// nothing if all is well. What runs on another host is taken to live.
+    fn dead(&mut self) -> Option<Vec<usize>> {
+        let dead: Vec<usize> = self
+            .hellos
+            .iter()
+            .flatten()
+            .filter(|hello| hello.host == self.host && !processes::is_alive(hello.pid))
+            .map(|hello| hello.rank)
+            .collect();
+        // A launcher that succeeded may have left its ranks behind on purpose.
+        let launcher_failed =
+            matches!(self.launcher.try_wait(), Ok(Some(status)) if !status.success());
+        (!dead.is_empty() || launcher_failed).then_some(dead)
+    }
+
+    /// `rank 1 (case 17: forward), rank 3`: who, and what it last said it does.
+    fn with_progress(&self, ranks: impl IntoIterator<Item = usize>) -> String {
+        let one = |rank: usize| match self.session.progress(rank) {
+            Some(doing) => format!("rank {rank} ({})", doing.trim()),
+            None => format!("rank {rank}"),
+        };
+        ranks.into_iter().map(one).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Ends what is left of the ranks and keeps what they wrote last.
+    fn collapse(&mut self, sentence: String) -> Collapse {
+        self.is_idle = false;
+        self.wait_for_launcher(LAST_WORDS);
+        processes::end_all(self.folder.path());
+        let logs = self
+            .logs()
+            .flat_map(|(name, path)| {
+                let already = self.logged.get(&path).copied().unwrap_or_default();
+                let lines = lines_since(&path, already);
+                lines.into_iter().map(move |line| format!("{name}: {line}"))
+            })
+            .collect();
+        Collapse { sentence, logs }
+    }
+
+    /// The streams of ranks and launcher: what they are called, and their files.
+    fn logs(&self) -> impl Iterator<Item = (String, PathBuf)> {
+        (0..self.world)
+            .map(|rank| format!("rank-{rank}"))
+            .chain(["launcher".to_owned()])
+            .flat_map(|who| {
+                ["stderr", "stdout"].map(|stream| {
+                    let path = self.session.log_path(&who, stream);
+                    (format!("{who} {stream}"), path)
+                })
+            })
+    }
+
+    fn wait_for_launcher(&mut self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        while matches!(self.launcher.try_wait(), Ok(None)) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+impl Drop for Pool {
+    /// Asks idle ranks to leave, and ends those that are still there.
+    fn drop(&mut self) {
+        if self.is_idle && self.session.end().is_ok() {
+            self.wait_for_launcher(LEAVE);
+        }
+        processes::end_all(self.folder.path());
+        self.wait_for_launcher(LEAVE);
+    }
+}
+
+/// The lines that were written to a log after its first `already` bytes, the
+/// middle left out where there are many.
+fn lines_since(path: &Path, already: u64) -> Vec<String> {
+    let text = fs::read(path).unwrap_or_default();
+    let new = text.get(already as usize..).unwrap_or_default();
+    let text = String::from_utf8_lossy(new);
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    let more = lines.len().saturating_sub(2 * LOG_LINES);
+    if more > 0 {
+        let left_out = format!("... {more} lines ...");
+        lines.splice(LOG_LINES..LOG_LINES + more, [left_out]);
+    }
+    lines
+}

@@ -1,0 +1,36 @@
+//! Judges implementations of Ulysses sequence parallelism against dense
+//! attention and its gradients.
+//!
+//! ```no_run
+//! use ulysses_conformance::implementation::{Interrupt, ReferenceOnThreads};
+//! use ulysses_conformance::{catalogue, runner};
+//!
+//! let mut reference = ReferenceOnThreads::new(ulysses::Kernel::Sdpa);
+//! let summary = runner::run(
+//!     &mut reference,
+//!     &catalogue::cases(),
+//!     &Interrupt::default(),
+//!     &mut |event| println!("{event:?}"),
+//! );
+//! assert!(summary.is_success());
+//! ```
+//!
+//! One direction, no step back: a case is posed to an *implementation*, its
+//! shards of the answer are put together, the *oracle* computes the same thing
+//! densely in float64, the *judge* compares and gives a verdict, the *runner*
+//! tells of it in events, and *reports* are sinks of these events.
+//!
+//! Deliberately not here: how attention is done sequence-parallel. The judge
+//! shares no arithmetic with the reference that it also judges.
+
+pub mod catalogue;
+pub mod command_line;
+pub mod exit_code;
+pub mod implementation;
+pub mod judge;
+pub mod oracle;
+pub mod report;
+pub mod runner;
+mod tensor;
+
+pub use exit_code::ExitCode;

@@ -1,0 +1,68 @@
+//! How ranks talk to one another.
+//!
+//! A [`Communicator`] has two collectives, which are all that Ulysses needs: a
+//! gather of a few words, and an exchange of blocks between every pair of
+//! ranks. [`threads`] runs ranks as threads of one process, [`mpi`] as
+//! processes, and [`counting`] counts the traffic of any other.
+//!
+//! The exchange takes *lists of strided views*, not one flat buffer. So Q, K
+//! and V travel in one collective instead of three, and whoever moves the data
+//! can write each element straight to where it belongs: no packing, transpose
+//! or concatenation is forced on a communicator that can do without.
+//!
+//! Not here: what the blocks mean (see [`exchange`](crate::exchange)), and
+//! anything differentiable. A communicator moves data and records no graph.
+
+pub mod counting;
+mod error;
+pub mod mpi;
+pub mod threads;
+
+pub use error::CommunicatorError;
+
+use tch::Tensor;
+
+/// One rank's end of a group of ranks.
+///
+/// All ranks call the same collectives in the same order. An implementation
+/// never waits for ever: a peer that left, failed or does not come becomes a
+/// [`CommunicatorError`] that names it.
+pub trait Communicator: Send + Sync {
+    /// This rank, counted from zero.
+    fn rank(&self) -> usize;
+
+    /// How many ranks there are.
+    fn size(&self) -> usize;
+
+    /// Every rank's words, in rank order. Every rank gives equally many.
+    ///
+    /// # Errors
+    /// When a rank left, did not come within the time limit, entered another
+    /// collective, or gave another number of words.
+    fn all_gather(&self, words: &[i64]) -> Result<Vec<Vec<i64>>, CommunicatorError>;
+
+    /// Sends `send[p]` to each rank p, and writes what rank p sent here to
+    /// `receive[p]`, in place.
+    ///
+    /// Each list holds one list of blocks for each rank, itself included; a
+    /// list or a block may be empty. A block is a tensor of any shape and any
+    /// strides, and the n-th block sent is written to the n-th to be received,
+    /// which has the same shape. All blocks of one call have one dtype.
+    ///
+    /// # Errors
+    /// As for [`Communicator::all_gather`], and when what is sent does not fit
+    /// what is to be received. The contents of `receive` are then undefined.
+    fn all_to_all(
+        &self,
+        send: &[Vec<Tensor>],
+        receive: &[Vec<Tensor>],
+    ) -> Result<(), CommunicatorError>;
+
+    /// Tells the peers that this rank takes no further part, and why, so that
+    /// they need not wait for the time limit.
+    ///
+    /// A courtesy: by default nothing is said, and peers meet the time limit.
+    fn abandon(&self, reason: &str) {
+        let _ = reason;
+    }
+}

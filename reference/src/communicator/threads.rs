@@ -1,0 +1,370 @@
+//! Ranks as threads of one process.
+//!
+//! Every collective is made of *rounds*. A rank brings one parcel for each
+//! rank to the round and leaves with the parcels for itself, once everybody
+//! has brought theirs. In an exchange a parcel holds shallow clones of the
+//! sender's views, and each receiver copies view to view: every element is
+//! written once, to where it belongs. A second round then tells all ranks that
+//! nobody reads their buffers any more, and whether somebody failed.
+//!
+//! No rank waits for one that will not come. Dropping a communicator, be it at
+//! the end of a thread or while it panics, tells the peers; so does
+//! [`abandon`](Communicator::abandon); and there is a time limit for a rank
+//! that is simply stuck. The first such failure is kept and given to every
+//! rank from then on, for ranks that have lost step cannot find it again.
+//!
+//! Ranks on a CUDA device are not provided for: torch runs the backward of all
+//! threads on one thread of the device, where a collective waits for itself.
+
+use super::{Communicator, CommunicatorError};
+use std::{
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+use tch::Tensor;
+
+const TIME_LIMIT: Duration = Duration::from_secs(300);
+
+/// One rank's end of a world of threads.
+///
+/// Move each into the thread of its rank; all ranks must be served, each by
+/// one thread at a time.
+pub struct ThreadCommunicator {
+    rank: usize,
+    time_limit: Duration,
+    world: Arc<World>,
+}
+
+struct World {
+    round: Mutex<Round>,
+    changed: Condvar,
+}
+
+/// The state that the ranks share.
+struct Round {
+    /// What each rank has brought to the round that is open.
+    brought: Vec<Option<Brought>>,
+    /// What awaits each rank from the round that closed last, in order of
+    /// sender. No round can close before all of it was taken: who has not
+    /// taken has not brought.
+    awaiting: Vec<Option<Vec<Parcel>>>,
+    /// Why a rank is gone.
+    departed: Vec<Option<String>>,
+    /// The first failure of the world.
+    broken: Option<CommunicatorError>,
+}
+
+struct Brought {
+    operation: &'static str,
+    parcels: Vec<Parcel>,
+}
+
+/// What one rank gives to another in a round; most of it empty in each.
+#[derive(Default)]
+struct Parcel {
+    words: Vec<i64>,
+    blocks: Vec<Tensor>,
+    failure: Option<CommunicatorError>,
+}
+
+impl ThreadCommunicator {
+    /// The ends of a world of `size` ranks, in rank order.
+    pub fn world(size: usize) -> Vec<ThreadCommunicator> {
+        let vacant = || (0..size).map(|_| None);
+        let world = Arc::new(World {
+            round: Mutex::new(Round {
+                brought: vacant().collect(),
+                awaiting: (0..size).map(|_| None).collect(),
+                departed: vec![None; size],
+                broken: None,
+            }),
+            changed: Condvar::new(),
+        });
+        (0..size)
+            .map(|rank| Self {
+                rank,
+                time_limit: TIME_LIMIT,
+                world: Arc::clone(&world),
+            })
+            .collect()
+    }
+
+    /// Waits at most `time_limit` for the peers in each round; 300 s unless
+    /// told.
+    #[must_use]
+    pub fn with_time_limit(mut self, time_limit: Duration) -> Self {
+        self.time_limit = time_limit;
+        self
+    }
+
+    /// Brings one parcel for each rank, and gives back one from each rank.
+    fn meet(
+        &self,
+        operation: &'static str,
+        parcels: Vec<Parcel>,
+    ) -> Result<Vec<Parcel>, CommunicatorError> {
+        let begun = Instant::now();
+        let mut round = self.world.lock();
+        round.bring(self.rank, Brought { operation, parcels })?;
+        self.world.changed.notify_all();
+        loop {
+            // A round that closed is good, whatever happened since.
+            if let Some(parcels) = round.awaiting[self.rank].take() {
+                return Ok(parcels);
+            }
+            let left = self.time_limit.saturating_sub(begun.elapsed());
+            let failure = round.failure(operation).or_else(|| {
+                left.is_zero().then(|| CommunicatorError::TimedOut {
+                    operation,
+                    missing: round.missing().collect(),
+                    limit: self.time_limit,
+                })
+            });
+            if let Some(failure) = failure {
+                round.broken = Some(failure.clone());
+                self.world.changed.notify_all();
+                return Err(failure);
+            }
+            let wait = self.world.changed.wait_timeout(round, left);
+            round = wait.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn depart(&self, reason: &str) {
+        let departed = &mut self.world.lock().departed[self.rank];
+        departed.get_or_insert_with(|| reason.to_owned());
+        self.world.changed.notify_all();
+    }
+
+    /// Copies what arrived to where it belongs.
+    fn place(
+        &self,
+        operation: &'static str,
+        arrived: &[Parcel],
+        receive: &[Vec<Tensor>],
+    ) -> Result<(), CommunicatorError> {
+        let libtorch = CommunicatorError::libtorch(operation);
+        for (sender, (parcel, places)) in arrived.iter().zip(receive).enumerate() {
+            let mismatch = |problem| CommunicatorError::Mismatch {
+                operation,
+                rank: sender,
+                problem: format!("sent rank {} {problem}", self.rank),
+            };
+            if parcel.blocks.len() != places.len() {
+                let (sent, due) = (parcel.blocks.len(), places.len());
+                return Err(mismatch(format!("{sent} blocks where {due} were due")));
+            }
+            for (block, place) in parcel.blocks.iter().zip(places) {
+                let (sent, due) = (block.size(), place.size());
+                if sent != due {
+                    return Err(mismatch(format!(
+                        "a block of {sent:?} where {due:?} was due"
+                    )));
+                }
+                let (sent, due) = (
+                    block.f_kind().map_err(&libtorch)?,
+                    place.f_kind().map_err(&libtorch)?,
+                );
+                if sent != due {
+                    return Err(mismatch(format!("{sent:?} where {due:?} was due")));
+                }
+                place.shallow_clone().f_copy_(block).map_err(&libtorch)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Communicator for ThreadCommunicator {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.world.lock().departed.len()
+    }
+
+    fn all_gather(&self, words: &[i64]) -> Result<Vec<Vec<i64>>, CommunicatorError> {
+        let operation = "all_gather";
+        let parcel = || Parcel {
+            words: words.to_vec(),
+            ..Parcel::default()
+        };
+        let parcels = (0..self.size()).map(|_| parcel()).collect();
+        let gathered: Vec<_> = self
+            .meet(operation, parcels)?
+            .into_iter()
+            .map(|parcel| parcel.words)
+            .collect();
+        // Every rank sees the same lists, so every rank comes to the same end.
+        let counts = gathered.iter().map(Vec::len);
+        match counts
+            .enumerate()
+            .find(|&(_, count)| count != gathered[0].len())
+        {
+            None => Ok(gathered),
+            Some((rank, count)) => Err(CommunicatorError::Mismatch {
+                operation,
+                rank,
+                problem: format!("gave {count} words while rank 0 gave {}", gathered[0].len()),
+            }),
+        }
+    }
+
+    fn all_to_all(
+        &self,
+        send: &[Vec<Tensor>],
+        receive: &[Vec<Tensor>],
+    ) -> Result<(), CommunicatorError> {
+        let operation = "all_to_all";
+        let size = self.size();
+        // A communicator records no graph, least of all one across threads.
+        let _guard = tch::no_grad_guard();
+        let detached = |blocks: &Vec<Tensor>| {
+            blocks
+                .iter()
+                .map(Tensor::f_detach)
+                .collect::<Result<Vec<_>, _>>()
+        };
+        let prepared = if send.len() == size && receive.len() == size {
+            send.iter()
+                .map(detached)
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(CommunicatorError::libtorch(operation))
+        } else {
+            let problem = format!(
+                "gave lists for {} and {} ranks in a world of {size}",
+                send.len(),
+                receive.len()
+            );
+            Err(CommunicatorError::Mismatch {
+                operation,
+                rank: self.rank,
+                problem,
+            })
+        };
+        let (blocks, failure) = match prepared {
+            Ok(blocks) => (blocks, None),
+            Err(failure) => ((0..size).map(|_| Vec::new()).collect(), Some(failure)),
+        };
+        let parcels = blocks
+            .into_iter()
+            .map(|blocks| Parcel {
+                blocks,
+                failure: failure.clone(),
+                ..Parcel::default()
+            })
+            .collect();
+        let arrived = first_failure(self.meet(operation, parcels)?)?;
+        let failure = self.place(operation, &arrived, receive).err();
+        let parcels = (0..size)
+            .map(|_| Parcel {
+                failure: failure.clone(),
+                ..Parcel::default()
+            })
+            .collect();
+        first_failure(self.meet("the end of all_to_all", parcels)?)?;
+        Ok(())
+    }
+
+    fn abandon(&self, reason: &str) {
+        self.depart(reason);
+    }
+}
+
+impl Drop for ThreadCommunicator {
+    fn drop(&mut self) {
+        let panicked = thread::panicking();
+        self.depart(if panicked {
+            "its thread panicked"
+        } else {
+            "its communicator was dropped"
+        });
+    }
+}
+
+/// The parcels, unless one tells of a failure; all ranks see the same ones, so
+/// all return the same error.
+fn first_failure(parcels: Vec<Parcel>) -> Result<Vec<Parcel>, CommunicatorError> {
+    match parcels.iter().find_map(|parcel| parcel.failure.clone()) {
+        None => Ok(parcels),
+        Some(failure) => Err(failure),
+    }
+}
+
+impl World {
+    fn lock(&self) -> MutexGuard<'_, Round> {
+        // No code that holds the lock can leave the round half changed.
+        self.round.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Round {
+    fn bring(&mut self, rank: usize, brought: Brought) -> Result<(), CommunicatorError> {
+        let operation = brought.operation;
+        if let Some(failure) = &self.broken {
+            return Err(failure.clone());
+        }
+        if let Some(reason) = &self.departed[rank] {
+            let reason = format!("this rank abandoned it: {reason}");
+            return Err(CommunicatorError::Unusable { operation, reason });
+        }
+        if self.brought[rank].is_some() || self.awaiting[rank].is_some() {
+            let reason = "another thread of this rank is using it".to_owned();
+            return Err(CommunicatorError::Unusable { operation, reason });
+        }
+        self.brought[rank] = Some(brought);
+        if self.missing().next().is_none() {
+            self.close();
+        }
+        Ok(())
+    }
+
+    /// Gives every rank what the others brought for it, and opens the next
+    /// round.
+    fn close(&mut self) {
+        let brought: Vec<Brought> = self.brought.iter_mut().filter_map(Option::take).collect();
+        let operation = brought[0].operation;
+        if let Some((rank, other)) = brought
+            .iter()
+            .enumerate()
+            .find(|(_, other)| other.operation != operation)
+        {
+            let problem = format!("entered {} while rank 0 was", other.operation);
+            self.broken = Some(CommunicatorError::Mismatch {
+                operation,
+                rank,
+                problem,
+            });
+            return;
+        }
+        let mut from: Vec<_> = brought.into_iter().map(|b| b.parcels.into_iter()).collect();
+        for awaiting in &mut self.awaiting {
+            *awaiting = Some(from.iter_mut().filter_map(Iterator::next).collect());
+        }
+    }
+
+    fn missing(&self) -> impl Iterator<Item = usize> {
+        self.brought
+            .iter()
+            .enumerate()
+            .filter(|(_, b)| b.is_none())
+            .map(|(rank, _)| rank)
+    }
+
+    /// Why the open round cannot close any more, if it cannot.
+    fn failure(&self, operation: &'static str) -> Option<CommunicatorError> {
+        let left = || {
+            self.missing().find_map(|rank| {
+                let reason = self.departed[rank].clone()?;
+                Some(CommunicatorError::Left {
+                    operation,
+                    rank,
+                    reason,
+                })
+            })
+        };
+        self.broken.clone().or_else(left)
+    }
+}

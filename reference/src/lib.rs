@@ -1,0 +1,67 @@
+//! Ulysses sequence parallelism on libtorch.
+//!
+//! A sequence too long for one device is cut into shards, one for each of P
+//! ranks. Attention needs every token, but each head needs no other head: so
+//! the ranks exchange, each giving up most heads of its own tokens and getting
+//! all tokens of a few heads, run ordinary attention on those, and exchange
+//! back. Nothing about attention itself is approximated.
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use std::{sync::Arc, thread};
+//! use tch::{Device, Kind, Tensor};
+//! use ulysses::{Options, ThreadCommunicator, UlyssesAttention};
+//!
+//! let ranks = ThreadCommunicator::world(2).into_iter().map(|communicator| {
+//!     thread::spawn(move || {
+//!         let attention = UlyssesAttention::new(Arc::new(communicator), Options::default());
+//!         // Batch 1, 8 tokens of the 16, 4 heads of size 32.
+//!         let shard = Tensor::randn([1, 8, 4, 32], (Kind::Float, Device::Cpu));
+//!         attention.forward(&shard, &shard, &shard).map(|output| output.size())
+//!     })
+//! });
+//! for rank in ranks.collect::<Vec<_>>() {
+//!     assert_eq!(rank.join().map_err(|_| "a rank panicked")??, [1, 8, 4, 32]);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`attention`] | [`UlyssesAttention`]: agree, exchange, attend, exchange back |
+//! | [`exchange`] | the two differentiable exchanges |
+//! | [`head_partition`] | which heads a rank holds; pure arithmetic |
+//! | [`core_attention`](mod@core_attention) | attention on one device |
+//! | [`communicator`] | how ranks talk: threads, MPI, a counter around either |
+//! | [`autograd`] | custom autograd functions, which tch lacks |
+//! | [`error`] | the one error type |
+//!
+//! Deliberately not here: positions, masks other than causal and full, layers
+//! other than attention, and any switch that would make a result wrong on
+//! purpose.
+//!
+//! Source: Jacobs et al., "DeepSpeed Ulysses: System Optimizations for
+//! Enabling Training of Extreme Long Sequence Transformer Models",
+//! arXiv:2309.14509, section 3.1.
+
+mod agreement;
+pub mod attention;
+pub mod autograd;
+pub mod communicator;
+pub mod core_attention;
+pub mod error;
+pub mod exchange;
+pub mod head_partition;
+
+pub use attention::{Options, UlyssesAttention};
+pub use communicator::{
+    Communicator, CommunicatorError,
+    counting::{CountingCommunicator, Traffic},
+    mpi::{MpiCommunicator, MpiWorld},
+    threads::ThreadCommunicator,
+};
+pub use core_attention::{Kernel, Mask, core_attention};
+pub use error::{Error, Refusal, Result};
+pub use exchange::Exchange;
+pub use head_partition::{HeadMap, HeadPartition};

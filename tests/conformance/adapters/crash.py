@@ -1,0 +1,26 @@
+"""Misbehaves: rank 1 (rank 0, if alone) kills itself when the sequence is ULYSSES_FAKE_SEQUENCE, or without that
+variable in case number 1. Right in all other cases."""
+
+import os
+import signal
+
+import torch_plain
+import ulysses_kit
+
+
+def attention(q, k, v, case):
+    sequence = os.environ.get("ULYSSES_FAKE_SEQUENCE")
+    now = case.number == 1 if sequence is None else case.sequence == int(sequence)
+    if now and case.rank == min(1, case.world - 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return torch_plain.attention(q, k, v, case)
+
+
+if __name__ == "__main__":
+    ulysses_kit.serve(
+        implementation="fake-crash",
+        version="1",
+        features=torch_plain.FEATURES,
+        setup=torch_plain.setup,
+        attention=attention,
+    )

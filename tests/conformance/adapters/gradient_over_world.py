@@ -1,0 +1,31 @@
+"""Misbehaves: forward is right, every gradient is divided by the world size. Right on one rank."""
+
+import torch
+import torch_plain
+import ulysses_kit
+
+
+class DivideGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, divisor):
+        ctx.divisor = divisor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / ctx.divisor, None
+
+
+def attention(q, k, v, case):
+    q, k, v = (DivideGradient.apply(x, case.world) for x in (q, k, v))
+    return torch_plain.attention(q, k, v, case)
+
+
+if __name__ == "__main__":
+    ulysses_kit.serve(
+        implementation="fake-gradient-over-world",
+        version="1",
+        features=torch_plain.FEATURES,
+        setup=torch_plain.setup,
+        attention=attention,
+    )

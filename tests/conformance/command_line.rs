@@ -1,0 +1,113 @@
+//! What the program prints and how it exits.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod program;
+
+use insta::{Settings, assert_snapshot};
+use program::{Run, program, run};
+use rstest::rstest;
+
+/// Hides what differs from run to run and from machine to machine: times, paths
+/// and the last digits of errors, and the widths that depend on them.
+fn with_filters(check: impl FnOnce()) {
+    let mut settings = Settings::clone_current();
+    settings.add_filter(r"\S*/ulysses-conformance", "ulysses-conformance");
+    settings.add_filter(r"\d+\.\d m?s\b", "TIME");
+    settings.add_filter(r"\d\.\d\de[-+]?\d+", "NUMBER");
+    settings.add_filter(r"\b0\.\d\d\b", "RATIO");
+    settings.add_filter(r" {2,}\|", " |");
+    settings.add_filter(r"\| {2,}", "| ");
+    settings.add_filter(r"-{5,}", "---");
+    settings.bind(check);
+}
+
+fn text(run: &Run) -> String {
+    format!(
+        "exit code {}\n--- stdout\n{}--- stderr\n{}",
+        run.code, run.stdout, run.stderr
+    )
+}
+
+#[test]
+fn help_says_what_there_is() {
+    assert_snapshot!("help", run("--help").stdout);
+    assert_snapshot!("help-run", run("run --help").stdout);
+}
+
+#[test]
+fn a_run_tells_of_each_case_and_ends_with_tables() {
+    let run = run("run --world 1,2 --filter hq8-hkv2 --filter f32");
+    assert_eq!(run.code, 0);
+    with_filters(|| assert_snapshot!("run", text(&run)));
+}
+
+#[test]
+fn a_case_of_ones_own_is_repeated_by_its_name() {
+    let name = "attention/p2-b1-s10-hq2-hkv2-d4-causal-f64-peaked-seed99";
+    let run = run(&format!("run --case {name}"));
+    assert_eq!(run.code, 0);
+    assert_eq!(run.named("exact"), [name]);
+}
+
+#[test]
+fn another_seed_asks_the_same_cases_with_other_values() {
+    let list = |seed: &str| run(&format!("run --list --seed {seed}")).stdout;
+    assert_eq!(list("0").replace("-seed0\n", "-seed5\n"), list("5"),);
+}
+
+#[test]
+fn the_list_is_the_catalogue() {
+    assert_snapshot!("list", run("run --list").stdout);
+}
+
+#[rstest]
+#[case::nothing_selected("run --filter no-such-case", 3, "no case is selected")]
+#[case::no_name("run --case attention/p2", 2, "the batch is missing")]
+#[case::no_implementation("run --implementation mine", 2, "invalid value 'mine'")]
+#[case::no_program(
+    "run --launch no-such-program",
+    5,
+    "there is no program `no-such-program`"
+)]
+#[case::empty_command("run --launch=", 5, "the command is empty")]
+#[case::no_time("run --time-limit 0", 2, "a number of seconds above 0")]
+#[case::two_ways("run --launch a --implementation reference", 2, "cannot be used with")]
+#[case::seed_and_case(
+    "run --seed 1 --case attention/p1-b1-s1-hq1-hkv1-d1-full-f32-gaussian-seed0",
+    2,
+    "cannot be used with"
+)]
+fn what_makes_no_sense_is_refused_with_its_code(
+    #[case] arguments: &str,
+    #[case] code: i32,
+    #[case] reason: &str,
+) {
+    let run = run(arguments);
+    assert_eq!(run.code, code, "{}", run.stderr);
+    assert!(run.stderr.contains(reason), "{}", run.stderr);
+    assert_eq!(run.stdout, "");
+}
+
+#[test]
+fn a_python_that_is_not_there_is_named_with_the_remedy() {
+    let run: Run = program()
+        .args(["run", "--implementation", "torch-plain"])
+        .env("ULYSSES_PYTHON", "/nowhere/python")
+        .output()
+        .unwrap()
+        .into();
+    assert_eq!(run.code, 5);
+    assert_eq!(
+        run.stderr,
+        "error: there is no program `/nowhere/python`: run `make setup`, or set ULYSSES_PYTHON\n"
+    );
+}
+
+#[rstest]
+#[case::sdpa("sdpa")]
+#[case::eager("eager")]
+fn the_reference_passes_around_either_kernel(#[case] kernel: &str) {
+    let run = run(&format!("run --kernel {kernel} --filter d16 --world 1,4"));
+    assert_eq!(run.code, 0, "{}", run.stdout);
+    assert_eq!(run.named("exact").is_empty(), kernel == "eager");
+}

@@ -1,0 +1,329 @@
+//! Worlds of processes. Each test starts `mpirun` on itself: the copies run the
+//! body, and the one outside looks at what they printed and how they ended.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used, missing_docs)]
+
+mod world;
+
+use std::{
+    env,
+    io::Read,
+    process::{Command, ExitStatus, Stdio},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+use tch::{Device, Kind, Tensor};
+use ulysses::{
+    Communicator, CommunicatorError, Mask, MpiCommunicator, MpiWorld, Options, UlyssesAttention,
+};
+use world::{Inputs, gradients, leaf, shard, uneven_shards};
+
+/// For one world; they take a second or two.
+const TIME_LIMIT: Duration = Duration::from_secs(60);
+
+/// Runs the test called `name` in worlds of these sizes.
+fn worlds(name: &str, sizes: &[usize], body: fn(MpiCommunicator)) {
+    if env::var_os("OMPI_COMM_WORLD_SIZE").is_some() {
+        tch::set_num_threads(1);
+        let world = MpiWorld::initialize().unwrap();
+        let communicator = world.communicator().with_time_limit(TIME_LIMIT / 2);
+        let rank = communicator.rank();
+        body(communicator);
+        println!("rank {rank} is done");
+        return;
+    }
+    for &size in sizes {
+        let (status, output) = launch(name, size);
+        assert!(status.success(), "{size} ranks: {status}\n{output}");
+        for rank in 0..size {
+            let line = format!("rank {rank} is done");
+            assert!(
+                output.contains(&line),
+                "{size} ranks, no \"{line}\":\n{output}"
+            );
+        }
+    }
+}
+
+/// A test of this program in a world of `size` processes: how it ended and
+/// what it printed.
+fn launch(name: &str, size: usize) -> (ExitStatus, String) {
+    let mut mpirun = Command::new("mpirun")
+        .args(["--oversubscribe", "-n", &size.to_string()])
+        .arg(env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
+        .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+        .env("OMP_NUM_THREADS", "1")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("these tests need mpirun: install Open MPI");
+    let mut streams: [Box<dyn Read + Send>; 2] = [
+        Box::new(mpirun.stdout.take().unwrap()),
+        Box::new(mpirun.stderr.take().unwrap()),
+    ];
+    thread::scope(|scope| {
+        let readers: Vec<_> = streams
+            .iter_mut()
+            .map(|stream| {
+                scope.spawn(move || {
+                    let mut bytes = Vec::new();
+                    stream.read_to_end(&mut bytes).unwrap();
+                    String::from_utf8_lossy(&bytes).into_owned()
+                })
+            })
+            .collect();
+        let begun = Instant::now();
+        let status = loop {
+            if let Some(status) = mpirun.try_wait().unwrap() {
+                break status;
+            }
+            if begun.elapsed() > TIME_LIMIT {
+                mpirun.kill().unwrap();
+                break mpirun.wait().unwrap();
+            }
+            thread::sleep(Duration::from_millis(20));
+        };
+        (
+            status,
+            readers
+                .into_iter()
+                .map(|reader| reader.join().unwrap())
+                .collect(),
+        )
+    })
+}
+
+/// What rank `from` sends to rank `to`: `length` numbers that say so.
+fn block(from: usize, to: usize, length: usize, kind: Kind) -> Tensor {
+    let first = (100 * from + 10 * to) as i64;
+    Tensor::arange_start(first, first + length as i64, (kind, Device::Cpu))
+}
+
+fn exchange_blocks(communicator: &dyn Communicator, length: fn(usize, usize) -> usize) {
+    let (rank, size) = (communicator.rank(), communicator.size());
+    for kind in [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half] {
+        // Two blocks for each peer, one of them strided.
+        let send: Vec<_> = (0..size)
+            .map(|peer| {
+                let plain = block(rank, peer, length(rank, peer), kind);
+                let pairs = Tensor::stack(&[&plain, &(&plain + 1)], 1);
+                vec![plain, pairs.select(1, 1)]
+            })
+            .collect();
+        let receive: Vec<_> = (0..size)
+            .map(|peer| {
+                let length = length(peer, rank) as i64;
+                let pairs = Tensor::full([length, 2], -1, (kind, Device::Cpu));
+                vec![pairs.select(1, 0), pairs.select(1, 1)]
+            })
+            .collect();
+        communicator.all_to_all(&send, &receive).unwrap();
+        for (peer, got) in receive.iter().enumerate() {
+            let due = block(peer, rank, length(peer, rank), kind);
+            assert_eq!(got[0], due);
+            assert_eq!(got[1], due + 1);
+        }
+    }
+}
+
+#[test]
+fn all_to_all_delivers_equal_counts() {
+    worlds(
+        "all_to_all_delivers_equal_counts",
+        &[1, 2, 3, 4],
+        |communicator| {
+            exchange_blocks(&communicator, |_, _| 5);
+        },
+    );
+}
+
+#[test]
+fn all_to_all_delivers_unequal_and_empty_counts() {
+    worlds(
+        "all_to_all_delivers_unequal_and_empty_counts",
+        &[1, 2, 3, 4],
+        |communicator| {
+            exchange_blocks(&communicator, |from, to| 2 * from + to);
+            let nothing: Vec<Vec<Tensor>> = (0..communicator.size()).map(|_| vec![]).collect();
+            communicator.all_to_all(&nothing, &nothing).unwrap();
+        },
+    );
+}
+
+#[test]
+fn all_gather_gives_all_words_in_rank_order() {
+    worlds(
+        "all_gather_gives_all_words_in_rank_order",
+        &[1, 2, 3, 4],
+        |communicator| {
+            let (rank, size) = (communicator.rank() as i64, communicator.size() as i64);
+            let due: Vec<_> = (0..size).map(|rank| vec![rank, i64::MIN + rank]).collect();
+            assert_eq!(
+                communicator.all_gather(&[rank, i64::MIN + rank]).unwrap(),
+                due
+            );
+            assert_eq!(communicator.all_gather(&[]).unwrap().concat(), [0i64; 0]);
+        },
+    );
+}
+
+#[test]
+fn attention_has_the_bits_of_one_process() {
+    worlds(
+        "attention_has_the_bits_of_one_process",
+        &[1, 2, 3, 4],
+        |communicator| {
+            let (rank, size) = (communicator.rank(), communicator.size());
+            let shards = uneven_shards(13, size);
+            let communicator: Arc<dyn Communicator> = Arc::new(communicator);
+            for kind in [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half] {
+                for (heads, mask) in [((4, 4), Mask::Causal), ((8, 4), Mask::Full)] {
+                    let global = Inputs::new(2, 13, heads, 16, kind);
+                    let inputs = [&global.query, &global.key, &global.value]
+                        .map(|tensor| leaf(&shard(tensor, &shards, rank)));
+                    let options = Options {
+                        mask,
+                        uneven_heads: true,
+                        ..Options::default()
+                    };
+                    let attention = UlyssesAttention::new(Arc::clone(&communicator), options);
+                    let output = attention
+                        .forward(&inputs[0], &inputs[1], &inputs[2])
+                        .unwrap();
+                    let cotangent = shard(&global.cotangent, &shards, rank);
+                    let got = gradients(&output, &cotangent, inputs);
+                    let due = global
+                        .dense(mask)
+                        .map(|tensor| shard(&tensor, &shards, rank));
+                    // Over three ranks the groups of 8 query heads are split, and
+                    // the cotangents of key and value are summed in another order.
+                    let exact = if size == 3 && heads.0 == 8 { 2 } else { 4 };
+                    assert_eq!(got[..exact], due[..exact], "{kind:?} {heads:?}");
+                }
+            }
+        },
+    );
+}
+
+#[test]
+fn a_refusal_is_the_same_on_every_rank() {
+    worlds(
+        "a_refusal_is_the_same_on_every_rank",
+        &[2, 3, 4],
+        |communicator| {
+            let head_size = if communicator.rank() == 1 { 6 } else { 8 };
+            let good = Tensor::zeros([1, 3, 12, 8], (Kind::Float, Device::Cpu));
+            let key = Tensor::zeros([1, 3, 12, head_size], (Kind::Float, Device::Cpu));
+            let attention = UlyssesAttention::new(Arc::new(communicator), Options::default());
+            let error = attention.forward(&good, &key, &good).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                "rank 1: `key` has head size 6, but `query` has 8; give both the same head size"
+            );
+            // Nobody has lost step.
+            assert!(attention.forward(&good, &good, &good).is_ok());
+        },
+    );
+}
+
+#[test]
+fn more_than_a_count_can_say_is_refused_before_anything_is_sent() {
+    let name = "more_than_a_count_can_say_is_refused_before_anything_is_sent";
+    worlds(name, &[1], |communicator| {
+        // 2 GiB of one number: no memory is needed to describe it.
+        let huge = Tensor::zeros([1], (Kind::Float, Device::Cpu)).expand([1 << 29], false);
+        let blocks = [vec![huge]];
+        let error = communicator.all_to_all(&blocks, &blocks).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "all_to_all: the count for rank 0 is 2147483648 bytes, \
+             beyond the 32 bits of an MPI count; use shorter shards"
+        );
+        assert_eq!(communicator.all_gather(&[3]).unwrap(), [[3]]);
+    });
+}
+
+#[test]
+fn a_communicator_that_outlives_mpi_refuses() {
+    if env::var_os("OMPI_COMM_WORLD_SIZE").is_none() {
+        return worlds("a_communicator_that_outlives_mpi_refuses", &[2], |_| ());
+    }
+    let world = MpiWorld::initialize().unwrap();
+    let communicator = world.communicator();
+    let again = MpiWorld::initialize().err().unwrap();
+    assert_eq!(
+        again.to_string(),
+        "MPI_Init_thread: the communicator cannot be used: \
+         MPI was started before in this process; start it once"
+    );
+    drop(world);
+    assert_eq!(
+        communicator.all_gather(&[1]).unwrap_err().to_string(),
+        "all_gather: the communicator cannot be used: MPI has ended; keep the MpiWorld"
+    );
+    println!("rank {} is done", communicator.rank());
+}
+
+/// Rank 1 of two never comes to the collective; rank 0 must not wait for ever,
+/// and the world must come to an end.
+#[test]
+fn a_wait_for_a_rank_that_never_comes_ends() {
+    let name = "a_wait_for_a_rank_that_never_comes_ends";
+    if env::var_os("OMPI_COMM_WORLD_SIZE").is_none() {
+        let begun = Instant::now();
+        let (status, output) = launch(name, 2);
+        assert!(output.contains("rank 0 is done"), "{status}\n{output}");
+        // Without MPI_Finalize on rank 0, mpirun reports the world as failed.
+        assert!(!status.success(), "{output}");
+        assert!(
+            begun.elapsed() < TIME_LIMIT / 2,
+            "the world did not end by itself"
+        );
+        return;
+    }
+    let world = MpiWorld::initialize().unwrap();
+    let limit = Duration::from_millis(300);
+    let communicator = world.communicator().with_time_limit(limit);
+    if communicator.rank() == 1 {
+        thread::sleep(TIME_LIMIT);
+        return;
+    }
+    let error = communicator.all_gather(&[1]).unwrap_err();
+    let due = CommunicatorError::TimedOut {
+        operation: "all_gather",
+        missing: vec![],
+        limit,
+    };
+    assert_eq!(error, due);
+    let blocks = [vec![], vec![]];
+    assert_eq!(
+        communicator
+            .all_to_all(&blocks, &blocks)
+            .unwrap_err()
+            .to_string(),
+        "all_to_all: the communicator cannot be used: \
+         all_gather was not done within 300ms: some rank did not come"
+    );
+    println!("rank 0 is done");
+}
+
+/// Rank 0 would wait for half a minute; rank 1 panics at once.
+#[test]
+fn a_rank_that_panics_ends_the_world() {
+    let name = "a_rank_that_panics_ends_the_world";
+    if env::var_os("OMPI_COMM_WORLD_SIZE").is_none() {
+        let begun = Instant::now();
+        let (status, output) = launch(name, 2);
+        assert!(output.contains("on purpose"), "{status}\n{output}");
+        assert!(!status.success(), "{output}");
+        assert!(begun.elapsed() < TIME_LIMIT / 3, "rank 0 waited");
+        return;
+    }
+    let world = MpiWorld::initialize().unwrap();
+    let communicator = world.communicator().with_time_limit(TIME_LIMIT / 2);
+    assert_eq!(communicator.rank(), 0, "on purpose");
+    let _ = communicator.all_gather(&[1]);
+}
