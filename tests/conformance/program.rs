@@ -2,7 +2,7 @@
 // Not every test uses all of it.
 #![allow(dead_code)]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// What a run of the program gave.
@@ -33,12 +33,15 @@ pub(crate) fn run(arguments: &str) -> Run {
     program().args(arguments).output().unwrap().into()
 }
 
+/// The Python of the project's environment.
+pub(crate) fn python() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv/bin/python")
+}
+
 /// The command that starts an adapter of this folder's `adapters`.
 pub(crate) fn fake(adapter: &str) -> String {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let python = root.join(".venv/bin/python");
-    let adapter = root.join("tests/conformance/adapters").join(adapter);
-    format!("{} {}", python.display(), adapter.display())
+    let adapters = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/conformance/adapters");
+    format!("{} {adapters}/{adapter}", python().display())
 }
 
 impl Run {

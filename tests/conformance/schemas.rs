@@ -1,0 +1,141 @@
+//! Both sides of the exchange, in Rust and in Python, write what the schemas
+//! say.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
+
+mod program;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use fixtures::exchange::{
+    self, AnswerInfo, AnswerStatus, CaseInfo, Hello, Judge, PROTOCOL, Session, SessionInfo,
+};
+use fixtures::{Case, Feature};
+use rstest::rstest;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const NAME: &str = "attention/p1-b2-s6-hq4-hkv2-d8-causal-f32-gaussian-seed0";
+
+fn violations(schema: &str, value: &Value) -> Vec<String> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("schemas");
+    let schema = fs::read_to_string(folder.join(format!("{schema}.schema.json"))).unwrap();
+    let schema: Value = serde_json::from_str(&schema).unwrap();
+    let validator = jsonschema::validator_for(&schema).unwrap();
+    validator
+        .iter_errors(value)
+        .map(|error| error.to_string())
+        .collect()
+}
+
+fn assert_valid(schema: &str, value: &Value) {
+    assert_eq!(violations(schema, value), [""; 0], "{value}");
+}
+
+fn session_info() -> SessionInfo {
+    SessionInfo {
+        protocol: PROTOCOL,
+        world: 1,
+        device: "cpu".to_owned(),
+        time_limit_s: 30.0,
+        judge: Judge {
+            pid: std::process::id(),
+            host: hostname::get().unwrap().to_string_lossy().into_owned(),
+        },
+    }
+}
+
+fn case_info() -> CaseInfo {
+    let case: Case = NAME.parse().unwrap();
+    exchange::shards(&case, 0).remove(0).0
+}
+
+fn answer_info(status: AnswerStatus) -> AnswerInfo {
+    AnswerInfo {
+        status,
+        message: "why".to_owned(),
+        elapsed_s: 0.5,
+        peak_memory_bytes: None,
+        bytes_sent: Some(12),
+    }
+}
+
+#[test]
+fn what_rust_writes_is_valid() {
+    assert_valid("session", &json!(session_info()));
+    assert_valid("case", &json!(case_info()));
+    for status in [
+        AnswerStatus::Ok,
+        AnswerStatus::Unsupported,
+        AnswerStatus::Error,
+    ] {
+        assert_valid("answer", &json!(answer_info(status)));
+    }
+    let hello = Hello {
+        protocol: PROTOCOL,
+        rank: 0,
+        world: 1,
+        pid: 1,
+        host: "here".to_owned(),
+        implementation: "mine".to_owned(),
+        version: "1".to_owned(),
+        libraries: BTreeMap::new(),
+        features: Feature::ALL.map(|feature| feature.name().to_owned()).into(),
+    };
+    assert_valid("hello", &json!(hello));
+}
+
+#[rstest]
+#[case::missing("session", json!(session_info()), "world", Value::Null)]
+#[case::negative("case", json!(case_info()), "batch", json!(0))]
+#[case::unknown("answer", json!(answer_info(AnswerStatus::Ok)), "status", json!("fine"))]
+#[case::more("answer", json!(answer_info(AnswerStatus::Ok)), "mood", json!("good"))]
+fn what_is_not_of_the_schema_is_seen(
+    #[case] schema: &str,
+    #[case] mut value: Value,
+    #[case] key: &str,
+    #[case] change: Value,
+) {
+    value[key] = change;
+    assert!(!violations(schema, &value).is_empty());
+}
+
+/// The JSON under `key` in the metadata of a safetensors file, as it stands.
+fn metadata(path: &Path, key: &str) -> Value {
+    let bytes = fs::read(path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    serde_json::from_str(header["__metadata__"][key].as_str().unwrap()).unwrap()
+}
+
+#[test]
+fn what_the_python_kit_writes_is_valid() {
+    let folder = TempDir::new().unwrap();
+    let session = Session::create(folder.path(), &session_info()).unwrap();
+    let right: Case = NAME.parse().unwrap();
+    session.pose(&exchange::shards(&right, 0)).unwrap();
+    let mut kit = Command::new(program::python())
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("adapters/torch_plain.py"))
+        .env("ULYSSES_EXCHANGE", folder.path())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while session.result(0, 0).is_err() {
+        assert!(Instant::now() < deadline, "no answer");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    session.end().unwrap();
+    assert!(kit.wait().unwrap().success());
+
+    let hello = fs::read_to_string(folder.path().join("hello/rank-0.json")).unwrap();
+    assert_valid("hello", &serde_json::from_str(&hello).unwrap());
+    let result = folder.path().join("results/0/rank-0.safetensors");
+    let answer = metadata(&result, "answer");
+    assert_valid("answer", &answer);
+    assert_eq!(answer["status"], "ok", "{answer}");
+    let case = folder.path().join("cases/0/rank-0.safetensors");
+    assert_valid("case", &metadata(&case, "case"));
+}
