@@ -52,8 +52,8 @@ FEATURES = (
     *("dtype-f64", "dtype-f32", "dtype-bf16", "dtype-f16", "mask-full", "mask-causal"),
     "batch",  # more than one sequence
     "grouped-kv",  # fewer KV heads than query heads
-    "kv-replication",  # fewer KV heads than ranks, and they divide the ranks
-    "uneven-kv-heads",  # KV heads do not divide the ranks, nor ranks the KV heads
+    "kv-replication",  # fewer KV heads than ranks
+    "uneven-kv-heads",  # neither KV heads nor ranks are a multiple of the other
     "uneven-query-heads",  # query heads are no multiple of the ranks
     "uneven-sequence",  # the sequence is no multiple of the ranks
 )
@@ -227,7 +227,9 @@ def _answer(rank: Rank, attention: Attention, path: Path) -> bytes:
     except Unsupported as refusal:
         answer.update(status="unsupported", message=str(refusal) or "refused, without a reason")
     except Exception:
-        answer.update(status="error", message=traceback.format_exc())
+        lines = traceback.format_exc().splitlines(keepends=True)
+        told = "".join(line for line in lines if line.strip(" ~^\n"))  # without the marks under each line
+        answer.update(status="error", message=told)
     answer["message"] = answer["message"].encode("utf-8", "replace").decode()  # half a surrogate pair is no JSON
     return safetensors.torch.save({}, {"answer": json.dumps(answer)})
 

@@ -38,11 +38,25 @@ const TURNS: [(usize, usize, usize, Content); 12] = [
 /// and four.
 const UNEVEN_SEQUENCES: [usize; 2] = [85, 86];
 
+/// (world, query heads, KV heads, head size, sequence) whose heads and tokens
+/// per rank are no powers of two: sizes that are computed as floating-point
+/// ratios of head counts come out one too small here.
+const AWKWARD_SIZES: [(usize, usize, usize, usize, usize); 4] = [
+    (2, 13, 13, 16, 18),
+    (2, 39, 13, 16, 18),
+    (3, 14, 14, 64, 27),
+    (4, 13, 13, 80, 28),
+];
+
 /// Every case of the catalogue.
 pub fn cases() -> Vec<Case> {
     WORLDS
         .into_iter()
-        .flat_map(|world| even_sequences(world).chain(uneven_sequences(world)))
+        .flat_map(|world| {
+            even_sequences(world)
+                .chain(uneven_sequences(world))
+                .chain(awkward_sizes(world))
+        })
         .collect()
 }
 
@@ -93,5 +107,23 @@ fn uneven_sequences(world: usize) -> impl Iterator<Item = Case> {
                     seed: 0,
                 })
             })
+        })
+}
+
+fn awkward_sizes(world: usize) -> impl Iterator<Item = Case> {
+    AWKWARD_SIZES
+        .into_iter()
+        .filter(move |&(of_world, ..)| of_world == world)
+        .map(|(world, query_heads, kv_heads, head_size, sequence)| Case {
+            world,
+            batch: 1,
+            sequence,
+            query_heads,
+            kv_heads,
+            head_size,
+            mask: Mask::Causal,
+            dtype: Dtype::F32,
+            content: Content::Gaussian,
+            seed: 0,
         })
 }

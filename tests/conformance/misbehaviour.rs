@@ -101,6 +101,25 @@ fn a_hang_costs_one_case_and_names_who_did_not_come() {
 }
 
 #[test]
+fn an_error_on_one_rank_that_leaves_the_others_waiting_is_told() {
+    let start = Instant::now();
+    let run = judged(&fake("one_raises.py"), &three(), &[]);
+    assert_eq!(run.code, 1);
+    assert_eq!(verdicts(&run), ["exact", "hang", "exact"], "{}", run.stderr);
+    let why = "rank 0: RuntimeError: boom, and no answer of rank 1 (case 1: forward)\n";
+    assert!(run.stdout.contains(why), "{}", run.stdout);
+    assert!(
+        run.stdout.contains("raise RuntimeError(\"boom\")"),
+        "{}",
+        run.stdout
+    );
+    assert!(
+        start.elapsed() < Duration::from_secs(28),
+        "the whole limit was waited for"
+    );
+}
+
+#[test]
 fn a_crash_is_shown_with_what_the_rank_and_its_launcher_said() {
     let run = judged(&fake("crash.py"), &three(), &[]);
     let said = "| launcher stderr: ulysses_kit: rank 1 (pid ";

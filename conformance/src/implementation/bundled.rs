@@ -100,9 +100,13 @@ fn mpi_launch(kernel: Kernel) -> Result<Launch, String> {
         ));
     }
     // More ranks than cores is what a test has, and a rank bound to a core
-    // would then share it.
+    // would then share it. What Open MPI keeps in files goes where it is removed
+    // with the session, for ranks that are killed leave it behind.
     let adapter = adapter.to_string_lossy();
-    let words = "mpirun --oversubscribe --bind-to none -n {world}"
+    let words = "mpirun --oversubscribe --bind-to none \
+                 --mca btl_vader_backing_directory {exchange} \
+                 --mca btl_sm_backing_directory {exchange} \
+                 --mca orte_tmpdir_base {exchange} -n {world}"
         .split(' ')
         .chain([&*adapter, "--kernel", kernel_name(kernel)]);
     let launch = Launch::new(words.map(str::to_owned).collect())

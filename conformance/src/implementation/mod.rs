@@ -69,6 +69,34 @@ pub struct Collapse {
     pub logs: Vec<String>,
 }
 
+/// `rank 1: why`, or `ranks 0, 2: why` for those that say the same.
+pub(crate) fn told<'a>(messages: impl IntoIterator<Item = (usize, &'a str)>) -> Vec<String> {
+    let mut groups: Vec<(Vec<String>, &str)> = Vec::new();
+    for (rank, message) in messages {
+        match groups.iter_mut().find(|(_, same)| *same == message) {
+            Some((ranks, _)) => ranks.push(rank.to_string()),
+            None => groups.push((vec![rank.to_string()], message)),
+        }
+    }
+    groups
+        .into_iter()
+        .map(|(ranks, message)| {
+            let s = if ranks.len() == 1 { "" } else { "s" };
+            format!("rank{s} {}: {message}", ranks.join(", "))
+        })
+        .collect()
+}
+
+/// The line of a message that says most: of a Python traceback the last, of
+/// other words the first.
+pub(crate) fn telling_line(message: &str) -> &str {
+    let line = match message.starts_with("Traceback") {
+        true => message.lines().last(),
+        false => message.lines().next(),
+    };
+    line.unwrap_or_default()
+}
+
 /// Set when the person who judges wants to stop.
 #[derive(Clone, Debug, Default)]
 pub struct Interrupt(Arc<AtomicBool>);

@@ -11,20 +11,27 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fixtures::Case;
-use fixtures::exchange::{self, FOLDER_VARIABLE, Hello, Judge, PROTOCOL, Session, SessionInfo};
+use fixtures::exchange::{
+    self, AnswerStatus, FOLDER_VARIABLE, Hello, Judge, PROTOCOL, Session, SessionInfo,
+};
 use tempfile::TempDir;
 
-use super::{Collapse, Conditions, Interrupt, Launch, Outcome, RankAnswer, processes};
+use super::{
+    Collapse, Conditions, Interrupt, Launch, Outcome, RankAnswer, processes, telling_line, told,
+};
 
 /// How long ranks have to leave once there are no more cases.
 const LEAVE: Duration = Duration::from_secs(5);
 /// How long a launcher has to say what it saw, once one of its ranks ended.
 const LAST_WORDS: Duration = Duration::from_millis(500);
+/// How long the other ranks have to answer once one has answered with an error:
+/// they may wait for it in a collective that it never enters.
+const AFTER_AN_ERROR: Duration = Duration::from_secs(5);
 /// How often it is seen to that ranks and launcher still live.
 const PULSE: Duration = Duration::from_millis(5);
 /// How many lines of each stream are kept for a report: the first, which name
-/// the cause, and the last.
-const LOG_LINES: usize = 10;
+/// the cause and where it was, and the last.
+const LOG_LINES: (usize, usize) = (20, 4);
 
 pub(super) struct Pool {
     session: Session,
@@ -41,6 +48,14 @@ pub(super) struct Pool {
     logged: BTreeMap<PathBuf, u64>,
     /// Removed, with all that is in it, when the pool is dropped.
     folder: TempDir,
+}
+
+/// What a look at the ranks shows.
+enum Look {
+    Done,
+    Waiting,
+    /// One rank answered with an error, and others have not answered.
+    Doomed,
 }
 
 /// How a wait for the ranks ended.
@@ -69,7 +84,10 @@ impl Pool {
                     pool.hellos[rank] = pool.session.hello(rank).ok();
                 }
             }
-            pool.hellos.iter().all(Option::is_some)
+            match pool.hellos.iter().all(Option::is_some) {
+                true => Look::Done,
+                false => Look::Waiting,
+            }
         });
         let missing = pool.with_progress((0..world).filter(|&rank| pool.hellos[rank].is_none()));
         let (outcome, sentence): (fn(Collapse) -> Outcome, String) = match waited {
@@ -97,7 +115,7 @@ impl Pool {
             ),
             Waited::Interrupted => return Err(Outcome::Interrupted),
         };
-        Err(outcome(pool.collapse(sentence)))
+        Err(outcome(pool.collapse(sentence, 0..world)))
     }
 
     fn launch(
@@ -192,7 +210,10 @@ impl Pool {
         let number = self.next_number;
         self.next_number += 1;
         self.is_idle = false;
-        self.logged = self.logs().map(|(_, path)| (path, 0)).collect();
+        self.logged = self
+            .logs(0..self.world)
+            .map(|(_, path)| (path, 0))
+            .collect();
         for (path, length) in &mut self.logged {
             *length = fs::metadata(path).map_or(0, |file| file.len());
         }
@@ -207,7 +228,16 @@ impl Pool {
                     *answer = pool.read_answer(number, rank);
                 }
             }
-            answers.iter().all(Option::is_some)
+            let is_error = |answer: &RankAnswer| {
+                matches!(answer, Ok((info, _)) if info.status != AnswerStatus::Ok)
+            };
+            if answers.iter().all(Option::is_some) {
+                Look::Done
+            } else if answers.iter().flatten().any(is_error) {
+                Look::Doomed
+            } else {
+                Look::Waiting
+            }
         });
         let silent = || (0..case.world).filter(|&rank| answers[rank].is_none());
         match waited {
@@ -220,27 +250,32 @@ impl Pool {
             },
             Waited::Died(dead) if dead.is_empty() => {
                 let ranks = self.with_progress(silent());
-                Outcome::Crashed(
-                    self.collapse(format!("the launcher ended before an answer of {ranks}")),
-                )
+                let sentence = format!("the launcher ended before an answer of {ranks}");
+                Outcome::Crashed(self.collapse(sentence, silent()))
             }
             Waited::Died(dead) => {
-                let ranks = self.with_progress(dead);
-                Outcome::Crashed(self.collapse(format!("a process ended: {ranks}")))
+                let sentence = format!("a process ended: {}", self.with_progress(dead.clone()));
+                Outcome::Crashed(self.collapse(sentence, dead))
             }
             Waited::TimedOut => {
-                let (limit, ranks) = (self.case_limit, self.with_progress(silent()));
-                let mut collapse = self.collapse(format!(
-                    "no answer within {} s: {ranks}",
-                    limit.as_secs_f64()
-                ));
+                let ranks = self.with_progress(silent());
                 // A rank that raised an error is why the others wait.
-                let told = answers.iter().enumerate().filter_map(|(rank, answer)| {
+                let errors = answers.iter().enumerate().filter_map(|(rank, answer)| {
                     let (info, _) = answer.as_ref()?.as_ref().ok()?;
-                    let message = info.message.trim_end();
-                    (!message.is_empty()).then(|| format!("rank {rank} answered: {message}"))
+                    (info.status != AnswerStatus::Ok).then_some((rank, info.message.trim()))
                 });
-                collapse.logs.splice(0..0, told.collect::<Vec<_>>());
+                let sentence = match errors.clone().next() {
+                    None => {
+                        let limit = self.case_limit.as_secs_f64();
+                        format!("no answer within {limit} s: {ranks}")
+                    }
+                    Some((rank, message)) => {
+                        let line = telling_line(message);
+                        format!("rank {rank}: {line}, and no answer of {ranks}")
+                    }
+                };
+                let mut collapse = self.collapse(sentence, silent());
+                collapse.logs.splice(0..0, told(errors));
                 Outcome::Hung(collapse)
             }
             Waited::Interrupted => Outcome::Interrupted,
@@ -255,27 +290,32 @@ impl Pool {
         }
     }
 
-    fn wait(&mut self, deadline: Instant, mut is_done: impl FnMut(&mut Pool) -> bool) -> Waited {
+    fn wait(&mut self, deadline: Instant, mut look: impl FnMut(&mut Pool) -> Look) -> Waited {
         let start = Instant::now();
+        let mut doom = None;
         let mut next_pulse = start + PULSE;
         loop {
-            if is_done(self) {
-                return Waited::Done;
+            match look(self) {
+                Look::Done => return Waited::Done,
+                Look::Waiting => {}
+                Look::Doomed => {
+                    doom.get_or_insert(Instant::now() + AFTER_AN_ERROR);
+                }
             }
             if self.interrupt.is_set() {
                 return Waited::Interrupted;
             }
             let now = Instant::now();
-            if now >= deadline {
+            if now >= doom.unwrap_or(deadline).min(deadline) {
                 return Waited::TimedOut;
             }
             if now >= next_pulse {
                 next_pulse = now + PULSE;
                 if let Some(dead) = self.dead() {
                     // A rank may have answered and then ended.
-                    return match is_done(self) {
-                        true => Waited::Done,
-                        false => Waited::Died(dead),
+                    return match look(self) {
+                        Look::Done => Waited::Done,
+                        _ => Waited::Died(dead),
                     };
                 }
             }
@@ -310,13 +350,18 @@ impl Pool {
         ranks.into_iter().map(one).collect::<Vec<_>>().join(", ")
     }
 
-    /// Ends what is left of the ranks and keeps what they wrote last.
-    fn collapse(&mut self, sentence: String) -> Collapse {
+    /// Ends what is left of the ranks and keeps what launcher and `suspects`
+    /// wrote. What the others wrote while they were ended would only hide it.
+    fn collapse(
+        &mut self,
+        sentence: String,
+        suspects: impl IntoIterator<Item = usize>,
+    ) -> Collapse {
         self.is_idle = false;
         self.wait_for_launcher(LAST_WORDS);
         processes::end_all(self.folder.path());
         let logs = self
-            .logs()
+            .logs(suspects)
             .flat_map(|(name, path)| {
                 let already = self.logged.get(&path).copied().unwrap_or_default();
                 let lines = lines_since(&path, already);
@@ -326,9 +371,14 @@ impl Pool {
         Collapse { sentence, logs }
     }
 
-    /// The streams of ranks and launcher: what they are called, and their files.
-    fn logs(&self) -> impl Iterator<Item = (String, PathBuf)> {
-        (0..self.world)
+    /// The streams of `ranks` and launcher: what they are called, and their
+    /// files.
+    fn logs(
+        &self,
+        ranks: impl IntoIterator<Item = usize>,
+    ) -> impl Iterator<Item = (String, PathBuf)> {
+        ranks
+            .into_iter()
             .map(|rank| format!("rank-{rank}"))
             .chain(["launcher".to_owned()])
             .flat_map(|who| {
@@ -365,10 +415,11 @@ fn lines_since(path: &Path, already: u64) -> Vec<String> {
     let new = text.get(already as usize..).unwrap_or_default();
     let text = String::from_utf8_lossy(new);
     let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
-    let more = lines.len().saturating_sub(2 * LOG_LINES);
+    let (first, last) = LOG_LINES;
+    let more = lines.len().saturating_sub(first + last);
     if more > 0 {
         let left_out = format!("... {more} lines ...");
-        lines.splice(LOG_LINES..LOG_LINES + more, [left_out]);
+        lines.splice(first..first + more, [left_out]);
     }
     lines
 }

@@ -6,7 +6,7 @@ mod dense;
 use fixtures::exchange::{AnswerStatus, Tensors, tensor};
 use fixtures::{Array, Case, Feature, Input, sharding};
 
-use crate::implementation::{Collapse, Outcome, RankAnswer};
+use crate::implementation::{self, Collapse, Outcome, RankAnswer};
 use crate::oracle::{self, Answer, Inputs};
 
 pub use comparison::{Comparison, SLACK, TensorComparison, WrongRow};
@@ -134,7 +134,7 @@ pub fn judge(case: &Case, due: Due, outcome: Outcome) -> Option<Judgement> {
             Verdict::Fail,
             "some ranks answered and others raised an error",
         )
-        .with_details(refusals.iter().map(Refusal::to_string)),
+        .with_details(told(&refusals)),
     };
     Some(match due {
         Due::Answer => judgement,
@@ -179,8 +179,12 @@ fn refused(due: Due, refusals: &[Refusal<'_>]) -> Judgement {
         Due::Answer => Verdict::Fail,
     };
     let first = &refusals[0];
-    let sentence = format!("rank {}: {}", first.rank, telling_line(first.message));
-    Judgement::new(verdict, sentence).with_details(refusals.iter().map(Refusal::to_string))
+    let sentence = format!(
+        "rank {}: {}",
+        first.rank,
+        implementation::telling_line(first.message)
+    );
+    Judgement::new(verdict, sentence).with_details(told(refusals))
 }
 
 /// A rank that did not answer, and what it said instead.
@@ -190,10 +194,8 @@ struct Refusal<'a> {
     message: &'a str,
 }
 
-impl std::fmt::Display for Refusal<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "rank {}: {}", self.rank, self.message)
-    }
+fn told(refusals: &[Refusal<'_>]) -> Vec<String> {
+    implementation::told(refusals.iter().map(|r| (r.rank, r.message)))
 }
 
 enum Statuses<'a> {
@@ -224,16 +226,6 @@ fn statuses(answers: &[RankAnswer]) -> Statuses<'_> {
         (true, false) => Statuses::AllRefused(refusals),
         (false, false) => Statuses::Mixed(refusals),
     }
-}
-
-/// The line of a message that says most: of a Python traceback the last, of
-/// other words the first.
-fn telling_line(message: &str) -> &str {
-    let line = match message.starts_with("Traceback") {
-        true => message.lines().last(),
-        false => message.lines().next(),
-    };
-    line.unwrap_or_default()
 }
 
 /// Puts the shards together and compares them with the oracle.

@@ -23,10 +23,25 @@ pub fn failures(summary: &Summary, command: &str) -> String {
             "{} {}\n  {} ({fault}): {}",
             summary.implementation, record.case, judgement.verdict, judgement.sentence
         );
-        for line in judgement.details.iter().flat_map(|detail| detail.lines()) {
-            let _ = writeln!(text, "  | {line}");
+        for detail in &judgement.details {
+            for line in abridged(detail) {
+                let _ = writeln!(text, "  | {line}");
+            }
         }
         let _ = writeln!(text, "  again: {command} --case {}\n", record.case);
     }
     text
+}
+
+/// The first line of a long text and its last ones: of a traceback, where the
+/// error was raised.
+fn abridged(detail: &str) -> Vec<String> {
+    const LAST: usize = 16;
+    let lines: Vec<&str> = detail.lines().collect();
+    let more = lines.len().saturating_sub(LAST + 1);
+    let mut kept: Vec<String> = lines.iter().map(|&line| line.to_owned()).collect();
+    if more > 1 {
+        kept.splice(1..=more, [format!("... {more} lines ...")]);
+    }
+    kept
 }

@@ -1,5 +1,5 @@
-"""Misbehaves: rank 1 (rank 0, if alone) kills itself when the sequence is ULYSSES_FAKE_SEQUENCE, or without that
-variable in case number 1. Right in all other cases."""
+"""Misbehaves: rank 1 (rank 0, if alone) kills itself where the sequence is ULYSSES_FAKE_SEQUENCE. Right in all other
+cases."""
 
 import os
 import signal
@@ -9,8 +9,7 @@ import ulysses_kit
 
 
 def attention(q, k, v, case):
-    sequence = os.environ.get("ULYSSES_FAKE_SEQUENCE")
-    now = case.number == 1 if sequence is None else case.sequence == int(sequence)
+    now = case.sequence == int(os.environ["ULYSSES_FAKE_SEQUENCE"])
     if now and case.rank == min(1, case.world - 1):
         os.kill(os.getpid(), signal.SIGKILL)
     return torch_plain.attention(q, k, v, case)

@@ -1,6 +1,7 @@
-"""Misbehaves: in case number 1, rank 1 (rank 0, if alone) sleeps forever; the others do not wait for it and answer
+"""Misbehaves: where the sequence is ULYSSES_FAKE_SEQUENCE, rank 1 (rank 0, if alone) sleeps forever; the others do not wait for it and answer
 with zeros. Right in all other cases."""
 
+import os
 import time
 
 import torch
@@ -9,7 +10,7 @@ import ulysses_kit
 
 
 def attention(q, k, v, case):
-    if case.number != 1:
+    if case.sequence != int(os.environ["ULYSSES_FAKE_SEQUENCE"]):
         return torch_plain.attention(q, k, v, case)
     while case.rank == min(1, case.world - 1):
         time.sleep(1.0)

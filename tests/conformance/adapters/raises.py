@@ -1,11 +1,13 @@
-"""Misbehaves: every rank raises in case number 1, before any exchange. Right in all other cases, later ones too."""
+"""Misbehaves: every rank raises where the sequence is ULYSSES_FAKE_SEQUENCE, before any exchange. Right in all other cases, later ones too."""
+
+import os
 
 import torch_plain
 import ulysses_kit
 
 
 def attention(q, k, v, case):
-    if case.number == 1:
+    if case.sequence == int(os.environ["ULYSSES_FAKE_SEQUENCE"]):
         raise RuntimeError("boom")
     return torch_plain.attention(q, k, v, case)
 
