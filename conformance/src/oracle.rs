@@ -16,41 +16,13 @@
 //! Deliberately not here: anything of the reference's. Which keys a query sees
 //! and which KV head a query head attends are derived here once more.
 
-use fixtures::{Array, Case, Input, Mask};
+use fixtures::{Array, Case, Inputs, Mask};
 use tch::{Kind, TchError, Tensor};
 
 use crate::tensor;
 
 /// Rows of the score matrix that exist at a time.
 const ROW_BLOCK: i64 = 128;
-
-/// The inputs of a case over the whole sequence.
-///
-/// Every tensor is `[batch, tokens, heads, head size]`.
-#[derive(Clone, Debug)]
-pub struct Inputs {
-    /// Q.
-    pub q: Array,
-    /// K.
-    pub k: Array,
-    /// V.
-    pub v: Array,
-    /// The cotangent of the output.
-    pub dout: Array,
-}
-
-impl Inputs {
-    /// The inputs of `case`, rounded to its element type.
-    pub fn of(case: &Case) -> Inputs {
-        let tensor = |input| fixtures::values::tensor(case, input);
-        Inputs {
-            q: tensor(Input::Query),
-            k: tensor(Input::Key),
-            v: tensor(Input::Value),
-            dout: tensor(Input::OutputCotangent),
-        }
-    }
-}
 
 /// What attention answers, over the whole sequence: the output and the
 /// gradients, each shaped like the input it belongs to.

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use fixtures::{Case, Feature};
+use fixtures::{Case, Feature, Inputs};
 
-use crate::implementation::{Implementation, Interrupt, Outcome};
+use crate::implementation::{Failure, Implementation, Interrupt};
 use crate::judge::{self, Due, Judgement, Verdict};
 
 /// Something that happened in a run.
@@ -101,9 +101,16 @@ pub fn run(
         }
         sink(Event::Asking(case));
         let start = Instant::now();
-        let plan = plan(implementation, case, &mut stepped_over);
+        let claims = implementation.claims(case.world);
         summary.starting += start.elapsed();
-        let Some(record) = record(implementation, case, plan) else {
+        let record = match claims {
+            Ok(claims) => match due(case, &claims, &mut stepped_over) {
+                Ok(due) => ask(implementation, case, due),
+                Err(feature) => Some(Record::not_claimed(case, feature)),
+            },
+            Err(failure) => Record::without_answer(case, failure),
+        };
+        let Some(record) = record else {
             summary.is_interrupted = true;
             break;
         };
@@ -114,69 +121,46 @@ pub fn run(
     summary
 }
 
-/// What to do with a case.
-enum Plan {
-    Ask(Due),
-    /// It needs this feature, which is not claimed.
-    Skip(Feature),
-    /// The implementation could not be started.
-    GiveUp(Outcome),
-}
-
-fn plan(
-    implementation: &mut dyn Implementation,
+/// What is due from an implementation that claims these features, or the
+/// feature for want of which it is not asked.
+fn due(
     case: &Case,
+    claims: &BTreeSet<String>,
     stepped_over: &mut BTreeSet<Feature>,
-) -> Plan {
-    let claims = match implementation.claims(case.world) {
-        Ok(claims) => claims,
-        Err(outcome) => return Plan::GiveUp(outcome),
-    };
+) -> Result<Due, Feature> {
     let mut unclaimed = case
         .features()
         .into_iter()
         .filter(|feature| !claims.contains(feature.name()));
     match (unclaimed.next(), unclaimed.next()) {
-        (None, _) => Plan::Ask(Due::Answer),
-        (Some(feature), None) if stepped_over.insert(feature) => Plan::Ask(Due::Refusal(feature)),
-        (Some(feature), _) => Plan::Skip(feature),
+        (None, _) => Ok(Due::Answer),
+        (Some(feature), None) if stepped_over.insert(feature) => Ok(Due::Refusal(feature)),
+        (Some(feature), _) => Err(feature),
     }
 }
 
 /// Asks and judges one case; `None` if that was interrupted.
-fn record(implementation: &mut dyn Implementation, case: &Case, plan: Plan) -> Option<Record> {
+fn ask(implementation: &mut dyn Implementation, case: &Case, due: Due) -> Option<Record> {
+    let inputs = Inputs::of(case);
     let start = Instant::now();
-    let (due, outcome) = match plan {
-        Plan::Ask(due) => (due, implementation.ask(case)),
-        Plan::GiveUp(outcome) => (Due::Answer, outcome),
-        Plan::Skip(feature) => {
-            let sentence = format!("`{}` is not claimed", feature.name());
-            return Some(Record {
-                case: case.clone(),
-                judgement: Judgement::new(Verdict::NotClaimed, sentence),
-                asked: Duration::ZERO,
-                computed: Duration::ZERO,
-                judged: Duration::ZERO,
-            });
-        }
+    let answers = match implementation.ask(case, &inputs) {
+        Ok(answers) => answers,
+        Err(failure) => return Record::without_answer(case, failure),
     };
     let asked = start.elapsed();
-    let computed = match &outcome {
-        Outcome::Answered(answers) => answers
-            .iter()
-            .flatten()
-            .map(|(info, _)| info.elapsed_s)
-            .fold(0.0, f64::max),
-        _ => 0.0,
-    };
+    let computed = answers
+        .iter()
+        .flatten()
+        .map(|(info, _)| info.elapsed_s)
+        .fold(0.0, f64::max);
     // An error inside the judge is never a pass and never a failure.
-    let judgement = catch_unwind(AssertUnwindSafe(|| judge::judge(case, due, outcome)))
-        .unwrap_or_else(|_| {
-            Some(Judgement::new(
-                Verdict::Unclear,
-                "the judge panicked; what it said is on the standard error",
-            ))
-        })?;
+    let judge = AssertUnwindSafe(|| judge::judge(case, &inputs, due, &answers));
+    let judgement = catch_unwind(judge).unwrap_or_else(|_| {
+        Judgement::new(
+            Verdict::Unclear,
+            "the judge panicked; what it said is on the standard error",
+        )
+    });
     Some(Record {
         case: case.clone(),
         judgement,
@@ -184,4 +168,26 @@ fn record(implementation: &mut dyn Implementation, case: &Case, plan: Plan) -> O
         computed: Duration::try_from_secs_f64(computed).unwrap_or_default(),
         judged: start.elapsed() - asked,
     })
+}
+
+impl Record {
+    fn not_claimed(case: &Case, feature: Feature) -> Record {
+        let sentence = format!("`{}` is not claimed", feature.name());
+        Record::unasked(case, Judgement::new(Verdict::NotClaimed, sentence))
+    }
+
+    fn without_answer(case: &Case, failure: Failure) -> Option<Record> {
+        let judgement = judge::without_answer(failure)?;
+        Some(Record::unasked(case, judgement))
+    }
+
+    fn unasked(case: &Case, judgement: Judgement) -> Record {
+        Record {
+            case: case.clone(),
+            judgement,
+            asked: Duration::ZERO,
+            computed: Duration::ZERO,
+            judged: Duration::ZERO,
+        }
+    }
 }

@@ -3,11 +3,11 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use fixtures::exchange::{AnswerInfo, AnswerStatus, Tensors};
-use fixtures::{Array, Case, Feature, Input, sharding};
+use fixtures::{Array, Case, Feature, Input, Inputs, sharding};
 use rstest::rstest;
-use ulysses_conformance::implementation::{Collapse, Outcome, RankAnswer};
-use ulysses_conformance::judge::{Due, Judgement, Verdict, judge};
-use ulysses_conformance::oracle::{Answer, Inputs, attention};
+use ulysses_conformance::implementation::{Collapse, Failure, RankAnswer};
+use ulysses_conformance::judge::{Due, Judgement, Verdict, judge, without_answer};
+use ulysses_conformance::oracle::{Answer, attention};
 
 const F32: &str = "attention/p2-b2-s36-hq4-hkv2-d16-causal-f32-gaussian-seed1";
 const BF16: &str = "attention/p4-b1-s52-hq8-hkv2-d64-causal-bf16-peaked-seed1";
@@ -53,7 +53,7 @@ fn said(status: AnswerStatus, message: &str) -> RankAnswer {
 }
 
 fn judged(case: &Case, due: Due, answers: Vec<RankAnswer>) -> Judgement {
-    judge(case, due, Outcome::Answered(answers)).unwrap()
+    judge(case, &Inputs::of(case), due, &answers)
 }
 
 /// Judges the right answer, spoiled.
@@ -292,14 +292,14 @@ fn garbage_crashes_and_hangs_are_told_apart() {
         sentence: "rank 1 ended".to_owned(),
         logs: vec!["rank-1 stderr: ouch".to_owned()],
     };
-    let judgement = |outcome| judge(&case, Due::Answer, outcome).unwrap();
-    let crash = judgement(Outcome::Crashed(collapse.clone()));
+    let judgement = |failure| without_answer(failure).unwrap();
+    let crash = judgement(Failure::Crashed(collapse.clone()));
     assert_eq!(
         (crash.verdict, crash.details),
         (Verdict::Crash, collapse.logs.clone())
     );
-    assert_eq!(judgement(Outcome::Hung(collapse)).verdict, Verdict::Hang);
-    let harness = judgement(Outcome::Failed("no disk".to_owned()));
+    assert_eq!(judgement(Failure::Hung(collapse)).verdict, Verdict::Hang);
+    let harness = judgement(Failure::Harness("no disk".to_owned()));
     assert_eq!(harness.verdict, Verdict::Unclear);
-    assert!(judge(&case, Due::Answer, Outcome::Interrupted).is_none());
+    assert!(without_answer(Failure::Interrupted).is_none());
 }

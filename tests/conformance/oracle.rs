@@ -2,9 +2,9 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use approx::assert_relative_eq;
-use fixtures::{Array, Case, Dtype};
+use fixtures::{Array, Case, Dtype, Inputs};
 use rstest::rstest;
-use ulysses_conformance::oracle::{Inputs, attention};
+use ulysses_conformance::oracle::attention;
 
 /// <dO, attention(inputs)>, of which dQ, dK and dV are the gradients.
 fn loss(case: &Case, inputs: &Inputs) -> f64 {

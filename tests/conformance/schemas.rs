@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use fixtures::exchange::{
     self, AnswerInfo, AnswerStatus, CaseInfo, Hello, Judge, PROTOCOL, Session, SessionInfo,
 };
-use fixtures::{Case, Feature};
+use fixtures::{Case, Feature, Inputs};
 use rstest::rstest;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -50,7 +50,7 @@ fn session_info() -> SessionInfo {
 
 fn case_info() -> CaseInfo {
     let case: Case = NAME.parse().unwrap();
-    exchange::shards(&case, 0).remove(0).0
+    exchange::shards(&case, &Inputs::of(&case), 0).remove(0).0
 }
 
 fn answer_info(status: AnswerStatus) -> AnswerInfo {
@@ -116,7 +116,9 @@ fn what_the_python_kit_writes_is_valid() {
     let folder = TempDir::new().unwrap();
     let session = Session::create(folder.path(), &session_info()).unwrap();
     let right: Case = NAME.parse().unwrap();
-    session.pose(&exchange::shards(&right, 0)).unwrap();
+    session
+        .pose(&exchange::shards(&right, &Inputs::of(&right), 0))
+        .unwrap();
     let mut kit = Command::new(program::python())
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("adapters/torch_plain.py"))
         .env("ULYSSES_EXCHANGE", folder.path())

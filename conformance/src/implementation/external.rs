@@ -7,10 +7,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use fixtures::Case;
+use fixtures::{Case, Inputs};
 
 use super::pool::Pool;
-use super::{Implementation, Interrupt, Outcome};
+use super::{Failure, Implementation, Interrupt, RankAnswer};
 
 /// A command that starts the ranks.
 #[derive(Clone, Debug)]
@@ -111,7 +111,7 @@ pub struct External {
     pool: Option<Pool>,
     /// The world sizes on which it cannot be started, and how that went. It is
     /// not tried again for every case.
-    unstartable: BTreeMap<usize, Outcome>,
+    unstartable: BTreeMap<usize, Failure>,
 }
 
 impl External {
@@ -133,17 +133,17 @@ impl External {
     }
 
     /// Ranks that wait for a case: those of before, or fresh ones.
-    fn pool(&mut self, world: usize) -> Result<&mut Pool, Outcome> {
-        if let Some(outcome) = self.unstartable.get(&world) {
-            return Err(outcome.clone());
+    fn pool(&mut self, world: usize) -> Result<&mut Pool, Failure> {
+        if let Some(failure) = self.unstartable.get(&world) {
+            return Err(failure.clone());
         }
         let old = self.pool.take();
         let pool = match old.filter(|pool| pool.world() == world && pool.is_idle()) {
             Some(pool) => pool,
             None => Pool::start(&self.launch, world, &self.conditions, &self.interrupt)
-                .inspect_err(|outcome| {
-                    if !matches!(outcome, Outcome::Interrupted) {
-                        self.unstartable.insert(world, outcome.clone());
+                .inspect_err(|failure| {
+                    if !matches!(failure, Failure::Interrupted) {
+                        self.unstartable.insert(world, failure.clone());
                     }
                 })?,
         };
@@ -156,14 +156,11 @@ impl Implementation for External {
         &self.name
     }
 
-    fn claims(&mut self, world: usize) -> Result<BTreeSet<String>, Outcome> {
+    fn claims(&mut self, world: usize) -> Result<BTreeSet<String>, Failure> {
         Ok(self.pool(world)?.features())
     }
 
-    fn ask(&mut self, case: &Case) -> Outcome {
-        match self.pool(case.world) {
-            Ok(pool) => pool.ask(case),
-            Err(outcome) => outcome,
-        }
+    fn ask(&mut self, case: &Case, inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure> {
+        self.pool(case.world)?.ask(case, inputs)
     }
 }

@@ -17,8 +17,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use fixtures::Case;
 use fixtures::exchange::{AnswerInfo, Tensors};
+use fixtures::{Case, Inputs};
 
 pub use answer::{FEATURES, answer};
 pub use bundled::{Bundled, launch_of};
@@ -35,24 +35,27 @@ pub trait Implementation {
     ///
     /// # Errors
     ///
-    /// If it cannot be started on that many ranks: how it went.
-    fn claims(&mut self, world: usize) -> Result<BTreeSet<String>, Outcome>;
+    /// If it cannot be started on that many ranks.
+    fn claims(&mut self, world: usize) -> Result<BTreeSet<String>, Failure>;
 
-    /// Asks it one case.
-    fn ask(&mut self, case: &Case) -> Outcome;
+    /// Asks it one case, and gives the answers of all ranks, in rank order.
+    /// `inputs` are those of the case.
+    ///
+    /// # Errors
+    ///
+    /// If not every rank answered.
+    fn ask(&mut self, case: &Case, inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure>;
 }
 
-/// What came of asking a case.
+/// Why there is no answer.
 #[derive(Clone, Debug)]
-pub enum Outcome {
-    /// Every rank answered, in rank order.
-    Answered(Vec<RankAnswer>),
+pub enum Failure {
     /// A rank ended before it answered.
     Crashed(Collapse),
     /// A rank did not answer in time.
     Hung(Collapse),
     /// The harness could not ask.
-    Failed(String),
+    Harness(String),
     /// The person who judges wants to stop.
     Interrupted,
 }

@@ -10,14 +10,14 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fixtures::Case;
 use fixtures::exchange::{
     self, AnswerStatus, FOLDER_VARIABLE, Hello, Judge, PROTOCOL, Session, SessionInfo,
 };
+use fixtures::{Case, Inputs};
 use tempfile::TempDir;
 
 use super::{
-    Collapse, Conditions, Interrupt, Launch, Outcome, RankAnswer, processes, telling_line, told,
+    Collapse, Conditions, Failure, Interrupt, Launch, RankAnswer, processes, telling_line, told,
 };
 
 /// How long ranks have to leave once there are no more cases.
@@ -74,9 +74,9 @@ impl Pool {
         world: usize,
         conditions: &Conditions,
         interrupt: &Interrupt,
-    ) -> Result<Pool, Outcome> {
+    ) -> Result<Pool, Failure> {
         let mut pool = Pool::launch(launch, world, conditions, interrupt)
-            .map_err(|error| Outcome::Failed(format!("`{launch}` cannot be started: {error}")))?;
+            .map_err(|error| Failure::Harness(format!("`{launch}` cannot be started: {error}")))?;
         let deadline = Instant::now() + conditions.start_limit;
         let waited = pool.wait(deadline, |pool| {
             for rank in 0..world {
@@ -90,32 +90,32 @@ impl Pool {
             }
         });
         let missing = pool.with_progress((0..world).filter(|&rank| pool.hellos[rank].is_none()));
-        let (outcome, sentence): (fn(Collapse) -> Outcome, String) = match waited {
+        let (failure, sentence): (fn(Collapse) -> Failure, String) = match waited {
             Waited::Done => match pool.unfit_hello() {
                 None => {
                     pool.is_idle = true;
                     return Ok(pool);
                 }
-                Some(reason) => (Outcome::Crashed, reason),
+                Some(reason) => (Failure::Crashed, reason),
             },
             Waited::Died(dead) if dead.is_empty() => (
-                Outcome::Crashed,
+                Failure::Crashed,
                 format!("the launcher ended before a hello of {missing}"),
             ),
             Waited::Died(dead) => (
-                Outcome::Crashed,
+                Failure::Crashed,
                 format!("a process ended at the start: {}", pool.with_progress(dead)),
             ),
             Waited::TimedOut => (
-                Outcome::Hung,
+                Failure::Hung,
                 format!(
                     "no hello within {} s: {missing}",
                     conditions.start_limit.as_secs_f64()
                 ),
             ),
-            Waited::Interrupted => return Err(Outcome::Interrupted),
+            Waited::Interrupted => return Err(Failure::Interrupted),
         };
-        Err(outcome(pool.collapse(sentence, 0..world)))
+        Err(failure(pool.collapse(sentence, 0..world)))
     }
 
     fn launch(
@@ -206,7 +206,7 @@ impl Pool {
     }
 
     /// Asks the ranks one case.
-    pub(super) fn ask(&mut self, case: &Case) -> Outcome {
+    pub(super) fn ask(&mut self, case: &Case, inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure> {
         let number = self.next_number;
         self.next_number += 1;
         self.is_idle = false;
@@ -217,8 +217,8 @@ impl Pool {
         for (path, length) in &mut self.logged {
             *length = fs::metadata(path).map_or(0, |file| file.len());
         }
-        if let Err(error) = self.session.pose(&exchange::shards(case, number)) {
-            return Outcome::Failed(error.to_string());
+        if let Err(error) = self.session.pose(&exchange::shards(case, inputs, number)) {
+            return Err(Failure::Harness(error.to_string()));
         }
         let deadline = Instant::now() + self.case_limit;
         let mut answers: Vec<Option<RankAnswer>> = vec![None; case.world];
@@ -244,18 +244,18 @@ impl Pool {
             Waited::Done => match self.session.forget(number) {
                 Ok(()) => {
                     self.is_idle = true;
-                    Outcome::Answered(answers.into_iter().flatten().collect())
+                    Ok(answers.into_iter().flatten().collect())
                 }
-                Err(error) => Outcome::Failed(error.to_string()),
+                Err(error) => Err(Failure::Harness(error.to_string())),
             },
             Waited::Died(dead) if dead.is_empty() => {
                 let ranks = self.with_progress(silent());
                 let sentence = format!("the launcher ended before an answer of {ranks}");
-                Outcome::Crashed(self.collapse(sentence, silent()))
+                Err(Failure::Crashed(self.collapse(sentence, silent())))
             }
             Waited::Died(dead) => {
                 let sentence = format!("a process ended: {}", self.with_progress(dead.clone()));
-                Outcome::Crashed(self.collapse(sentence, dead))
+                Err(Failure::Crashed(self.collapse(sentence, dead)))
             }
             Waited::TimedOut => {
                 let ranks = self.with_progress(silent());
@@ -276,9 +276,9 @@ impl Pool {
                 };
                 let mut collapse = self.collapse(sentence, silent());
                 collapse.logs.splice(0..0, told(errors));
-                Outcome::Hung(collapse)
+                Err(Failure::Hung(collapse))
             }
-            Waited::Interrupted => Outcome::Interrupted,
+            Waited::Interrupted => Err(Failure::Interrupted),
         }
     }
 

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::thread;
 
-use fixtures::{Case, exchange};
+use fixtures::{Case, Inputs, exchange};
 use ulysses::{Kernel, ThreadCommunicator};
 
-use super::{Collapse, FEATURES, Implementation, Outcome, answer};
+use super::{Collapse, FEATURES, Failure, Implementation, RankAnswer, answer};
 
 /// The bundled reference with its ranks as threads of this process: no
 /// launcher, no MPI, no files.
@@ -27,12 +27,12 @@ impl Implementation for ReferenceOnThreads {
         "reference"
     }
 
-    fn claims(&mut self, _world: usize) -> Result<BTreeSet<String>, Outcome> {
+    fn claims(&mut self, _world: usize) -> Result<BTreeSet<String>, Failure> {
         Ok(FEATURES.map(|feature| feature.name().to_owned()).into())
     }
 
-    fn ask(&mut self, case: &Case) -> Outcome {
-        let shards = exchange::shards(case, 0);
+    fn ask(&mut self, case: &Case, inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure> {
+        let shards = exchange::shards(case, inputs, 0);
         let kernel = self.kernel;
         thread::scope(|scope| {
             let ranks: Vec<_> = ThreadCommunicator::world(case.world)
@@ -46,11 +46,11 @@ impl Implementation for ReferenceOnThreads {
             // its communicator, dropped, has set the others free.
             let answers: Vec<_> = ranks.into_iter().map(|rank| rank.join()).collect();
             match answers.iter().position(Result::is_err) {
-                Some(rank) => Outcome::Crashed(Collapse {
+                Some(rank) => Err(Failure::Crashed(Collapse {
                     sentence: format!("rank {rank} panicked"),
                     logs: Vec::new(),
-                }),
-                None => Outcome::Answered(answers.into_iter().flatten().map(Ok).collect()),
+                })),
+                None => Ok(answers.into_iter().flatten().map(Ok).collect()),
             }
         })
     }

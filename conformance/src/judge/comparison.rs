@@ -21,11 +21,11 @@
 //!
 //! [`SLACK`] is the one number in it that is chosen, not measured.
 
-use fixtures::{Array, Case, Dtype, Input, sharding};
+use fixtures::{Array, Case, Dtype, Input, Inputs, sharding};
 
 use super::Verdict;
 use super::dense::{self, DenseKernel};
-use crate::oracle::{Answer, Inputs};
+use crate::oracle::Answer;
 
 /// How many times as far off as dense attention a row may be. The norms of two
 /// independent normal errors of the same size over 16 channels differ by a

@@ -11,10 +11,10 @@
 
 use std::ops::Range;
 
-use fixtures::{Array, Case, Mask, sharding};
+use fixtures::{Array, Case, Inputs, Mask, sharding};
 use tch::{Kind, TchError, Tensor};
 
-use crate::oracle::{Answer, Inputs};
+use crate::oracle::Answer;
 use crate::tensor;
 
 /// How attention is computed.

@@ -4,10 +4,10 @@ mod comparison;
 mod dense;
 
 use fixtures::exchange::{AnswerStatus, Tensors, tensor};
-use fixtures::{Array, Case, Feature, Input, sharding};
+use fixtures::{Array, Case, Feature, Input, Inputs, sharding};
 
-use crate::implementation::{self, Collapse, Outcome, RankAnswer};
-use crate::oracle::{self, Answer, Inputs};
+use crate::implementation::{self, Collapse, Failure, RankAnswer};
+use crate::oracle::{self, Answer};
 
 pub use comparison::{Comparison, SLACK, TensorComparison, WrongRow};
 
@@ -115,20 +115,24 @@ pub enum Due {
     Refusal(Feature),
 }
 
-/// Judges the outcome of `case`.
-///
-/// [`Outcome::Interrupted`] is nobody's fault and no verdict: it gives `None`.
-pub fn judge(case: &Case, due: Due, outcome: Outcome) -> Option<Judgement> {
-    let answers = match outcome {
-        Outcome::Answered(answers) => answers,
-        Outcome::Crashed(collapse) => return Some(collapsed(Verdict::Crash, collapse)),
-        Outcome::Hung(collapse) => return Some(collapsed(Verdict::Hang, collapse)),
-        Outcome::Failed(reason) => return Some(Judgement::new(Verdict::Unclear, reason)),
-        Outcome::Interrupted => return None,
+/// The verdict where there is no answer; none where that is nobody's fault.
+pub fn without_answer(failure: Failure) -> Option<Judgement> {
+    let collapsed = |verdict, collapse: Collapse| {
+        Some(Judgement::new(verdict, collapse.sentence).with_details(collapse.logs))
     };
-    let judgement = match statuses(&answers) {
+    match failure {
+        Failure::Crashed(collapse) => collapsed(Verdict::Crash, collapse),
+        Failure::Hung(collapse) => collapsed(Verdict::Hang, collapse),
+        Failure::Harness(reason) => Some(Judgement::new(Verdict::Unclear, reason)),
+        Failure::Interrupted => None,
+    }
+}
+
+/// Judges what the ranks answered to `case`, asked with `inputs`.
+pub fn judge(case: &Case, inputs: &Inputs, due: Due, answers: &[RankAnswer]) -> Judgement {
+    let judgement = match statuses(answers) {
         Statuses::Unreadable(sentence) => Judgement::new(Verdict::Fail, sentence),
-        Statuses::AllOk(shards) => compare(case, &shards),
+        Statuses::AllOk(shards) => compare(case, inputs, &shards),
         Statuses::AllRefused(refusals) => refused(due, &refusals),
         Statuses::Mixed(refusals) => Judgement::new(
             Verdict::Fail,
@@ -136,10 +140,10 @@ pub fn judge(case: &Case, due: Due, outcome: Outcome) -> Option<Judgement> {
         )
         .with_details(told(&refusals)),
     };
-    Some(match due {
+    match due {
         Due::Answer => judgement,
         Due::Refusal(feature) => beyond_the_claim(feature, judgement),
-    })
+    }
 }
 
 /// Adds that the case is beyond what the implementation claims.
@@ -154,10 +158,6 @@ fn beyond_the_claim(feature: Feature, mut judgement: Judgement) -> Judgement {
     };
     judgement.sentence = said + &judgement.sentence;
     judgement
-}
-
-fn collapsed(verdict: Verdict, collapse: Collapse) -> Judgement {
-    Judgement::new(verdict, collapse.sentence).with_details(collapse.logs)
 }
 
 /// Judges what ranks said that all refused.
@@ -229,15 +229,14 @@ fn statuses(answers: &[RankAnswer]) -> Statuses<'_> {
 }
 
 /// Puts the shards together and compares them with the oracle.
-fn compare(case: &Case, shards: &[&Tensors]) -> Judgement {
+fn compare(case: &Case, inputs: &Inputs, shards: &[&Tensors]) -> Judgement {
     let answer = match joined(case, shards) {
         Ok(answer) => answer,
         Err(sentence) => return Judgement::new(Verdict::Fail, sentence),
     };
-    let inputs = Inputs::of(case);
-    let comparison = oracle::attention(case, &inputs)
+    let comparison = oracle::attention(case, inputs)
         .map_err(|error| format!("the oracle failed: {error}"))
-        .and_then(|right| comparison::compare(case, &inputs, &right, &answer));
+        .and_then(|right| comparison::compare(case, inputs, &right, &answer));
     match comparison {
         Err(reason) => Judgement::new(Verdict::Unclear, reason),
         Ok(comparison) => {
