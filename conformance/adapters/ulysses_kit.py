@@ -54,7 +54,8 @@ FEATURES = (
     "grouped-kv",  # fewer KV heads than query heads
     "kv-replication",  # fewer KV heads than ranks
     "uneven-kv-heads",  # neither KV heads nor ranks are a multiple of the other
-    "uneven-query-heads",  # query heads are no multiple of the ranks
+    "uneven-query-heads",  # query heads are no multiple of the ranks, and not fewer
+    "fewer-query-heads-than-ranks",
     "uneven-sequence",  # the sequence is no multiple of the ranks
 )
 # The variables in which launchers say rank, world size and rank on this host. Slurm's size is that of the step:

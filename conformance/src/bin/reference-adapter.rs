@@ -15,7 +15,7 @@ use clap::Parser;
 use fixtures::exchange::{FOLDER_VARIABLE, Hello, PROTOCOL, Session, serve};
 use nix::unistd::{dup2_stderr, dup2_stdout};
 use ulysses::{Communicator, Kernel, MpiWorld};
-use ulysses_conformance::implementation::{FEATURES, answer, kernel_parser};
+use ulysses_conformance::implementation::{answer, features, kernel_parser};
 
 /// Answers the cases of an exchange with the bundled reference. To be started
 /// by mpirun, with the folder of the exchange in ULYSSES_EXCHANGE.
@@ -51,7 +51,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         implementation: "reference-mpi".to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         libraries: BTreeMap::new(),
-        features: FEATURES.map(|feature| feature.name().to_owned()).into(),
+        features: features(),
     };
     serve(&session, &info, &hello, |case, inputs| {
         answer(case, inputs, communicator.clone(), arguments.kernel)

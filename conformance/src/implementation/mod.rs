@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use fixtures::exchange::{AnswerInfo, Tensors};
 use fixtures::{Case, Inputs};
 
-pub use answer::{FEATURES, answer};
+pub use answer::{answer, features};
 pub use bundled::{Bundled, launch_of};
 pub use external::{Conditions, External, Launch, LaunchError};
 pub use kernel::{kernel_name, kernel_parser};

@@ -7,7 +7,7 @@ use std::thread;
 use fixtures::{Case, Inputs, exchange};
 use ulysses::{Kernel, ThreadCommunicator};
 
-use super::{Collapse, FEATURES, Failure, Implementation, RankAnswer, answer};
+use super::{Collapse, Failure, Implementation, RankAnswer, answer, features};
 
 /// The bundled reference with its ranks as threads of this process: no
 /// launcher, no MPI, no files.
@@ -28,7 +28,7 @@ impl Implementation for ReferenceOnThreads {
     }
 
     fn claims(&mut self, _world: usize) -> Result<BTreeSet<String>, Failure> {
-        Ok(FEATURES.map(|feature| feature.name().to_owned()).into())
+        Ok(features())
     }
 
     fn ask(&mut self, case: &Case, inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure> {
