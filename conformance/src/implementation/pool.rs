@@ -243,7 +243,12 @@ impl Pool {
         match waited {
             Waited::Done => match self.session.forget(number) {
                 Ok(()) => {
-                    self.is_idle = true;
+                    // Ranks that raised an error may have left a collective
+                    // half done, and the next case would pay for it. What is
+                    // unsupported is said before any.
+                    self.is_idle = !answers.iter().flatten().any(|answer| {
+                        matches!(answer, Ok((info, _)) if info.status == AnswerStatus::Error)
+                    });
                     Ok(answers.into_iter().flatten().collect())
                 }
                 Err(error) => Err(Failure::Harness(error.to_string())),
