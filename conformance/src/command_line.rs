@@ -161,15 +161,15 @@ pub fn execute(arguments: &Arguments, program: &str) -> ExitCode {
     println!();
     print!("{failures}");
     println!("{}", report::verdicts(&summaries));
-    println!(
-        "How near the right answers are: how many are bit-equal to dense SDPA, and how far\n\
-         the worst row is off, relative to what it may be.\n\n{}",
-        report::closeness(&summaries)
-    );
-    println!(
-        "What a case takes, in the median.\n\n{}",
-        report::costs(&summaries)
-    );
+    if let Some(table) = report::closeness(&summaries) {
+        println!(
+            "How near the right answers are: how many are bit-equal to dense SDPA, and how far\n\
+             the worst row is off, relative to what it may be.\n\n{table}"
+        );
+    }
+    if let Some(table) = report::costs(&summaries) {
+        println!("What a case takes, in the median.\n\n{table}");
+    }
     let exit_code = exit_code(&summaries);
     println!("{}", last_line(exit_code));
     exit_code

@@ -1,8 +1,8 @@
 //! The right answer: dense attention and its gradients, in float64, on one
 //! device.
 //!
-//! Row block by row block, so that no more than [`ROW_BLOCK`] rows of the
-//! score matrix exist at a time. The gradients are written out, not left to
+//! Row block by row block, so that a bounded number of rows of the score
+//! matrix exists at a time. The gradients are written out, not left to
 //! autograd: with P = softmax(scale Q K^T) and O = P V,
 //!
 //! ```text

@@ -4,7 +4,7 @@
 mod program;
 
 use insta::{Settings, assert_snapshot};
-use program::{Run, program, run};
+use program::{Run, fake, program, run};
 use rstest::rstest;
 
 /// Hides what differs from run to run and from machine to machine: times, paths
@@ -12,9 +12,11 @@ use rstest::rstest;
 fn with_filters(check: impl FnOnce()) {
     let mut settings = Settings::clone_current();
     settings.add_filter(r"\S*/ulysses-conformance", "ulysses-conformance");
+    settings.add_filter(r"'\S*/python \S*/adapters/", "'python adapters/");
     settings.add_filter(r"\d+\.\d m?s\b", "TIME");
     settings.add_filter(r"\d\.\d\de[-+]?\d+", "NUMBER");
     settings.add_filter(r"\b0\.\d\d\b", "RATIO");
+    settings.add_filter(r"worst at batch .*?\):", "worst at PLACE:");
     settings.add_filter(r" {2,}\|", " |");
     settings.add_filter(r"\| {2,}", "| ");
     settings.add_filter(r"-{5,}", "---");
@@ -39,6 +41,18 @@ fn a_run_tells_of_each_case_and_ends_with_tables() {
     let run = run("run --world 1,2 --filter hq8-hkv2 --filter f32");
     assert_eq!(run.code, 0);
     with_filters(|| assert_snapshot!("run", text(&run)));
+}
+
+#[test]
+fn a_failure_is_told_with_its_place_its_factor_and_the_command_that_repeats_it() {
+    let run: Run = program()
+        .args(["run", "--launch", &fake("gradient_over_world.py")])
+        .args(["--filter", "p2-b3-s84-hq8-hkv4-d80-full-f32"])
+        .output()
+        .unwrap()
+        .into();
+    assert_eq!(run.code, 1);
+    with_filters(|| assert_snapshot!("failure", text(&run)));
 }
 
 #[test]

@@ -25,13 +25,13 @@ pub fn verdicts(summaries: &[Summary]) -> String {
         .chain(counts)
         .collect()
     });
-    table(header, rows, 1)
+    table(header, rows.collect(), 1)
 }
 
 /// How near the right answers are, for each implementation and element type:
 /// how many are bit-equal to dense SDPA, and how far the worst row is off
 /// relative to what it may be.
-pub fn closeness(summaries: &[Summary]) -> String {
+pub fn closeness(summaries: &[Summary]) -> Option<String> {
     let names = Answer::<()>::NAMES.map(|name| format!("{name} = SDPA"));
     let header = ["implementation", "dtype", "answers"]
         .map(str::to_owned)
@@ -71,11 +71,13 @@ pub fn closeness(summaries: &[Summary]) -> String {
             .into_iter()
             .filter_map(move |dtype| of_dtype(summary, dtype))
     });
-    table(header, rows, 2)
+    let rows: Vec<_> = rows.collect();
+    (!rows.is_empty()).then(|| table(header, rows, 2))
 }
 
-/// What a case costs each implementation in the median, and where.
-pub fn costs(summaries: &[Summary]) -> String {
+/// What an answered case costs each implementation in the median, and where; if
+/// one was answered.
+pub fn costs(summaries: &[Summary]) -> Option<String> {
     let header = [
         "implementation",
         "starting",
@@ -98,7 +100,8 @@ pub fn costs(summaries: &[Summary]) -> String {
             milliseconds(of(|record| record.judged)?),
         ])
     });
-    table(header, rows, 1)
+    let rows: Vec<_> = rows.collect();
+    (!rows.is_empty()).then(|| table(header, rows, 1))
 }
 
 fn median(durations: impl Iterator<Item = Duration>) -> Option<Duration> {
@@ -114,7 +117,7 @@ fn milliseconds(duration: Duration) -> String {
 /// Columns from `first_number` on are numbers, and stand to the right.
 fn table(
     header: impl IntoIterator<Item = impl Into<comfy_table::Cell>>,
-    rows: impl Iterator<Item = Vec<String>>,
+    rows: Vec<Vec<String>>,
     first_number: usize,
 ) -> String {
     let mut table = Table::new();
