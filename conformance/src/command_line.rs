@@ -1,6 +1,7 @@
 //! The program's arguments, and what it does with them.
 
 use std::env;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -124,13 +125,20 @@ pub fn execute(arguments: &Arguments, program: &str) -> ExitCode {
     }
     if arguments.list {
         for case in cases {
-            println!("{case}");
+            print(&format!("{case}\n"));
         }
         return ExitCode::Success;
     }
     let interrupt = Interrupt::default();
     let on_signal = interrupt.clone();
-    if let Err(error) = ctrlc::set_handler(move || on_signal.set()) {
+    let handle = move || {
+        // Who asks a second time does not want to wait for the ranks to end.
+        if on_signal.is_set() {
+            std::process::exit(ExitCode::Interrupted as i32);
+        }
+        on_signal.set();
+    };
+    if let Err(error) = ctrlc::set_handler(handle) {
         eprintln!("error: signals cannot be handled: {error}");
         return ExitCode::Environment;
     }
@@ -158,21 +166,25 @@ pub fn execute(arguments: &Arguments, program: &str) -> ExitCode {
         failures += &report::failures(&summary, &command);
         summaries.push(summary);
     }
-    println!();
-    print!("{failures}");
-    println!("{}", report::verdicts(&summaries));
+    print(&format!("\n{failures}{}\n", report::verdicts(&summaries)));
     if let Some(table) = report::closeness(&summaries) {
-        println!(
+        print(&format!(
             "How near the right answers are: how many are bit-equal to dense SDPA, and how far\n\
-             the worst row is off, relative to what it may be.\n\n{table}"
-        );
+             the worst row is off, relative to what it may be.\n\n{table}\n"
+        ));
     }
     if let Some(table) = report::costs(&summaries) {
-        println!("What a case takes, in the median.\n\n{table}");
+        print(&format!("What a case takes, in the median.\n\n{table}\n"));
     }
     let exit_code = exit_code(&summaries);
-    println!("{}", last_line(exit_code));
+    print(&format!("{}\n", last_line(exit_code)));
     exit_code
+}
+
+/// Prints on the standard output. That nobody reads on, as after `| head`, is no
+/// reason to end the run.
+fn print(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes());
 }
 
 /// What is to be judged, and the flags that choose it.
