@@ -93,17 +93,17 @@ fn misbehaviour_costs_one_case_and_is_named(
 
 #[test]
 fn a_hang_costs_one_case_and_names_who_did_not_come() {
-    let run = judged(&fake("hang.py"), &three(), &["--time-limit", "2"]);
+    let run = judged(&fake("hang.py"), &three(), &["--time-limit", "4"]);
     assert_eq!(run.code, 1);
     assert_eq!(verdicts(&run), ["exact", "hang", "exact"], "{}", run.stderr);
-    let why = "no answer within 2 s: rank 1 (case 1: forward)\n";
+    let why = "no answer within 4 s: rank 1 (case 1: forward)\n";
     assert!(run.stdout.contains(why), "{}", run.stdout);
 }
 
 #[test]
 fn an_error_on_one_rank_that_leaves_the_others_waiting_is_told() {
     let start = Instant::now();
-    let run = judged(&fake("one_raises.py"), &three(), &[]);
+    let run = judged(&fake("one_raises.py"), &three(), &["--time-limit", "90"]);
     assert_eq!(run.code, 1);
     assert_eq!(verdicts(&run), ["exact", "hang", "exact"], "{}", run.stderr);
     let why = "rank 0: RuntimeError: boom, and no answer of rank 1 (case 1: forward)\n";
@@ -114,7 +114,7 @@ fn an_error_on_one_rank_that_leaves_the_others_waiting_is_told() {
         run.stdout
     );
     assert!(
-        start.elapsed() < Duration::from_secs(28),
+        start.elapsed() < Duration::from_secs(80),
         "the whole limit was waited for"
     );
 }
@@ -132,7 +132,7 @@ fn a_crash_is_shown_with_what_the_rank_and_its_launcher_said() {
 #[case::silent(
     "silent_rank.py",
     "hang",
-    "no hello within 12 s: rank 0 (setup), rank 1"
+    "no hello within 20 s: rank 0 (setup), rank 1"
 )]
 fn a_rank_that_never_comes_is_named_and_not_waited_for_again(
     #[case] adapter: &str,
@@ -140,12 +140,12 @@ fn a_rank_that_never_comes_is_named_and_not_waited_for_again(
     #[case] why: &str,
 ) {
     let start = Instant::now();
-    let run = judged(&fake(adapter), &three(), &["--start-limit", "12"]);
+    let run = judged(&fake(adapter), &three(), &["--start-limit", "20"]);
     assert_eq!(run.code, 1);
     assert_eq!(verdicts(&run), [verdict; 3], "{}", run.stderr);
     assert!(run.stdout.contains(why), "{}", run.stdout);
     assert!(
-        start.elapsed() < Duration::from_secs(30),
+        start.elapsed() < Duration::from_secs(50),
         "each case waited"
     );
 }
