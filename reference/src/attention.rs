@@ -15,38 +15,13 @@
 use crate::{
     agreement::{self, Agreed},
     communicator::Communicator,
-    core_attention::{Kernel, Mask, core_attention},
+    core_attention::core_attention,
     error::Result,
     exchange::Exchange,
+    options::Options,
 };
 use std::sync::Arc;
 use tch::Tensor;
-
-/// What attention is computed, and how.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Options {
-    /// How each rank computes attention. Each rank may choose for itself.
-    pub kernel: Kernel,
-    /// Which tokens a token attends to; the same on all ranks.
-    pub mask: Mask,
-    /// What the scores are multiplied with, `1/sqrt(head size)` if not given;
-    /// the same on all ranks.
-    pub scale: Option<f64>,
-    /// Whether some ranks may hold one query head more than others. Off by
-    /// default, for then all ranks wait for those; the same on all ranks.
-    pub uneven_heads: bool,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            kernel: Kernel::Sdpa,
-            mask: Mask::Full,
-            scale: None,
-            uneven_heads: false,
-        }
-    }
-}
 
 /// Attention over a sequence of which each rank holds a contiguous shard.
 pub struct UlyssesAttention {
@@ -71,7 +46,7 @@ impl UlyssesAttention {
     /// differ between ranks. The dtype is float64, float32, bfloat16 or
     /// float16. All ranks call this together, and all call backward or none.
     ///
-    /// With [`Kernel::Sdpa`] on a CPU the output and the cotangent of `query`
+    /// With [`Kernel::Sdpa`](crate::Kernel::Sdpa) on a CPU the output and the cotangent of `query`
     /// have the bits of the same attention in one process, and so have those
     /// of `key` and `value` where all query heads of a KV head are on one rank.
     ///

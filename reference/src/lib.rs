@@ -30,6 +30,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`attention`] | [`UlyssesAttention`]: agree, exchange, attend, exchange back |
+//! | [`options`] | what a caller may choose |
 //! | [`exchange`] | the two differentiable exchanges |
 //! | [`head_partition`] | which heads a rank holds; pure arithmetic |
 //! | [`core_attention`](mod@core_attention) | attention on one device |
@@ -53,8 +54,9 @@ pub mod core_attention;
 pub mod error;
 pub mod exchange;
 pub mod head_partition;
+pub mod options;
 
-pub use attention::{Options, UlyssesAttention};
+pub use attention::UlyssesAttention;
 pub use communicator::{
     Communicator, CommunicatorError,
     counting::{CountingCommunicator, Traffic},
@@ -65,3 +67,4 @@ pub use core_attention::{Kernel, Mask, core_attention};
 pub use error::{Error, Refusal, Result};
 pub use exchange::Exchange;
 pub use head_partition::{HeadMap, HeadPartition};
+pub use options::Options;

@@ -3,7 +3,7 @@
 //! The kernel is not among them: how a rank computes attention is its own
 //! affair.
 
-use crate::{attention::Options, autograd::grad_enabled, core_attention::Mask};
+use crate::{autograd::grad_enabled, core_attention::Mask, options::Options};
 use tch::{Device, Kind, Tensor};
 
 const TENSOR_WORDS: usize = 8;

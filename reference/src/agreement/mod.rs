@@ -11,10 +11,10 @@ mod check;
 mod descriptor;
 
 use crate::{
-    attention::Options,
     communicator::{Communicator, CommunicatorError},
     error::Result,
     head_partition::HeadPartition,
+    options::Options,
 };
 use descriptor::Descriptor;
 use tch::Tensor;
