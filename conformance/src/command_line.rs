@@ -12,9 +12,8 @@ use ulysses::Kernel;
 use crate::implementation::{
     Bundled, Conditions, External, Implementation, Interrupt, kernel_name, kernel_parser, launch_of,
 };
-use crate::judge::Verdict;
 use crate::report::{self, Progress};
-use crate::runner::{self, Summary};
+use crate::runner;
 use crate::{ExitCode, catalogue};
 
 /// Judges implementations of Ulysses sequence parallelism against dense
@@ -176,7 +175,7 @@ pub fn execute(arguments: &Arguments, program: &str) -> ExitCode {
     if let Some(table) = report::costs(&summaries) {
         print(&format!("What a case takes, in the median.\n\n{table}\n"));
     }
-    let exit_code = exit_code(&summaries);
+    let exit_code = ExitCode::of(&summaries);
     print(&format!("{}\n", last_line(exit_code)));
     exit_code
 }
@@ -251,32 +250,6 @@ impl RunArguments {
             flags += &format!(" --time-limit {}", self.time_limit.as_secs_f64());
         }
         flags
-    }
-}
-
-fn exit_code(summaries: &[Summary]) -> ExitCode {
-    let any = |verdict: fn(Verdict) -> bool| {
-        summaries
-            .iter()
-            .flat_map(|summary| &summary.records)
-            .any(|record| verdict(record.judgement.verdict))
-    };
-    let judged_nothing = |summary: &Summary| {
-        !summary
-            .records
-            .iter()
-            .any(|record| record.judgement.verdict.is_judged())
-    };
-    if summaries.iter().any(|summary| summary.is_interrupted) {
-        ExitCode::Interrupted
-    } else if any(Verdict::is_failure) {
-        ExitCode::Failed
-    } else if any(|verdict| verdict == Verdict::Unclear) {
-        ExitCode::Unclear
-    } else if summaries.iter().any(judged_nothing) {
-        ExitCode::NothingJudged
-    } else {
-        ExitCode::Success
     }
 }
 

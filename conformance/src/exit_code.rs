@@ -3,6 +3,9 @@
 
 use std::process::{ExitCode as ProcessExitCode, Termination};
 
+use crate::judge::Verdict;
+use crate::runner::Summary;
+
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -24,6 +27,35 @@ pub enum ExitCode {
     Environment = 5,
     /// Interrupted before all cases were judged.
     Interrupted = 130,
+}
+
+impl ExitCode {
+    /// How a run over these implementations ended.
+    pub fn of(summaries: &[Summary]) -> ExitCode {
+        let any = |verdict: fn(Verdict) -> bool| {
+            summaries
+                .iter()
+                .flat_map(|summary| &summary.records)
+                .any(|record| verdict(record.judgement.verdict))
+        };
+        let judged_nothing = |summary: &Summary| {
+            !summary
+                .records
+                .iter()
+                .any(|record| record.judgement.verdict.is_judged())
+        };
+        if summaries.iter().any(|summary| summary.is_interrupted) {
+            ExitCode::Interrupted
+        } else if any(Verdict::is_failure) {
+            ExitCode::Failed
+        } else if any(|verdict| verdict == Verdict::Unclear) {
+            ExitCode::Unclear
+        } else if summaries.iter().any(judged_nothing) {
+            ExitCode::NothingJudged
+        } else {
+            ExitCode::Success
+        }
+    }
 }
 
 impl Termination for ExitCode {

@@ -3,7 +3,7 @@
 //!
 //! ```no_run
 //! use ulysses_conformance::implementation::{Interrupt, ReferenceOnThreads};
-//! use ulysses_conformance::{catalogue, runner};
+//! use ulysses_conformance::{ExitCode, catalogue, runner};
 //!
 //! let mut reference = ReferenceOnThreads::new(ulysses::Kernel::Sdpa);
 //! let summary = runner::run(
@@ -12,7 +12,7 @@
 //!     &Interrupt::default(),
 //!     &mut |event| println!("{event:?}"),
 //! );
-//! assert!(summary.is_success());
+//! assert_eq!(ExitCode::of(&[summary]), ExitCode::Success);
 //! ```
 //!
 //! One direction, no step back: a case is posed to an *implementation*, its

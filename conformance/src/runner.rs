@@ -63,14 +63,6 @@ impl Summary {
             .filter(|record| record.judgement.verdict == verdict)
             .count()
     }
-
-    /// Whether something was judged and nothing went wrong.
-    pub fn is_success(&self) -> bool {
-        let verdicts = || self.records.iter().map(|record| record.judgement.verdict);
-        !self.is_interrupted
-            && verdicts().any(Verdict::is_judged)
-            && !verdicts().any(|verdict| verdict.is_failure() || verdict == Verdict::Unclear)
-    }
 }
 
 /// Asks `implementation` each of `cases`, in their order, and judges it.

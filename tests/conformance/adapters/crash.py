@@ -4,8 +4,8 @@ cases."""
 import os
 import signal
 
+import fake
 import torch_plain
-import ulysses_kit
 
 
 def attention(q, k, v, case):
@@ -16,10 +16,4 @@ def attention(q, k, v, case):
 
 
 if __name__ == "__main__":
-    ulysses_kit.serve(
-        implementation="fake-crash",
-        version="1",
-        features=torch_plain.FEATURES,
-        setup=torch_plain.setup,
-        attention=attention,
-    )
+    fake.serve(attention=attention)

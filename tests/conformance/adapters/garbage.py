@@ -3,7 +3,7 @@ file. Right in all other cases."""
 
 import os
 
-import torch_plain
+import fake
 import ulysses_kit
 
 right_answer = ulysses_kit._answer
@@ -17,10 +17,4 @@ def garbage(rank, attention, path):
 
 if __name__ == "__main__":
     ulysses_kit._answer = garbage
-    ulysses_kit.serve(
-        implementation="fake-garbage",
-        version="1",
-        features=torch_plain.FEATURES,
-        setup=torch_plain.setup,
-        attention=torch_plain.attention,
-    )
+    fake.serve()

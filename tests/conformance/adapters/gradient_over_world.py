@@ -1,8 +1,8 @@
 """Misbehaves: forward is right, every gradient is divided by the world size. Right on one rank."""
 
+import fake
 import torch
 import torch_plain
-import ulysses_kit
 
 
 class DivideGradient(torch.autograd.Function):
@@ -22,10 +22,4 @@ def attention(q, k, v, case):
 
 
 if __name__ == "__main__":
-    ulysses_kit.serve(
-        implementation="fake-gradient-over-world",
-        version="1",
-        features=torch_plain.FEATURES,
-        setup=torch_plain.setup,
-        attention=attention,
-    )
+    fake.serve(attention=attention)

@@ -1,12 +1,12 @@
-"""Misbehaves: where the sequence is ULYSSES_FAKE_SEQUENCE, rank 1 (rank 0, if alone) sleeps forever; the others do not wait for it and answer
-with zeros. Right in all other cases."""
+"""Misbehaves: where the sequence is ULYSSES_FAKE_SEQUENCE, rank 1 (rank 0, if alone) sleeps forever; the others do not
+wait for it and answer with zeros. Right in all other cases."""
 
 import os
 import time
 
+import fake
 import torch
 import torch_plain
-import ulysses_kit
 
 
 def attention(q, k, v, case):
@@ -18,10 +18,4 @@ def attention(q, k, v, case):
 
 
 if __name__ == "__main__":
-    ulysses_kit.serve(
-        implementation="fake-hang",
-        version="1",
-        features=torch_plain.FEATURES,
-        setup=torch_plain.setup,
-        attention=attention,
-    )
+    fake.serve(attention=attention)

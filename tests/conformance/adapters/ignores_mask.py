@@ -3,8 +3,8 @@ What it claims is right."""
 
 import dataclasses
 
+import fake
 import torch_plain
-import ulysses_kit
 
 
 def attention(q, k, v, case):
@@ -12,10 +12,4 @@ def attention(q, k, v, case):
 
 
 if __name__ == "__main__":
-    ulysses_kit.serve(
-        implementation="fake-ignores-mask",
-        version="1",
-        features=[feature for feature in torch_plain.FEATURES if feature != "mask-causal"],
-        setup=torch_plain.setup,
-        attention=attention,
-    )
+    fake.serve(attention=attention, features=[feature for feature in torch_plain.FEATURES if feature != "mask-causal"])

@@ -2,6 +2,7 @@
 where 1 < Hkv < Hq; with one KV head or as many as query heads, both orders are the same. It refuses what
 torch_plain refuses."""
 
+import fake
 import torch_plain
 import ulysses_kit
 
@@ -15,10 +16,4 @@ def attention(q, k, v, case):
 
 
 if __name__ == "__main__":
-    ulysses_kit.serve(
-        implementation="fake-kv-tiled",
-        version="1",
-        features=torch_plain.FEATURES,
-        setup=torch_plain.setup,
-        attention=attention,
-    )
+    fake.serve(attention=attention)

@@ -4,8 +4,8 @@ and the others wait for it in the rendezvous."""
 import os
 import sys
 
+import fake
 import torch_plain
-import ulysses_kit
 
 
 def setup(rank):
@@ -16,10 +16,4 @@ def setup(rank):
 
 
 if __name__ == "__main__":
-    ulysses_kit.serve(
-        implementation="fake-missing-rank",
-        version="1",
-        features=torch_plain.FEATURES,
-        setup=setup,
-        attention=torch_plain.attention,
-    )
+    fake.serve(setup=setup)

@@ -4,8 +4,8 @@ from every rank. A judge that does not drain or keep streams apart stumbles over
 import os
 import sys
 
+import fake
 import torch_plain
-import ulysses_kit
 
 
 def talk(words):
@@ -23,10 +23,4 @@ def attention(q, k, v, case):
 
 if __name__ == "__main__":
     talk("launcher")
-    ulysses_kit.serve(
-        implementation="fake-noise",
-        version="1",
-        features=torch_plain.FEATURES,
-        setup=torch_plain.setup,
-        attention=attention,
-    )
+    fake.serve(attention=attention)

@@ -3,8 +3,8 @@ Right in all other cases."""
 
 import os
 
+import fake
 import torch_plain
-import ulysses_kit
 
 
 def attention(q, k, v, case):
@@ -14,10 +14,4 @@ def attention(q, k, v, case):
 
 
 if __name__ == "__main__":
-    ulysses_kit.serve(
-        implementation="fake-one-raises",
-        version="1",
-        features=torch_plain.FEATURES,
-        setup=torch_plain.setup,
-        attention=attention,
-    )
+    fake.serve(attention=attention)

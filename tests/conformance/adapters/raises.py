@@ -2,8 +2,8 @@
 
 import os
 
+import fake
 import torch_plain
-import ulysses_kit
 
 
 def attention(q, k, v, case):
@@ -13,10 +13,4 @@ def attention(q, k, v, case):
 
 
 if __name__ == "__main__":
-    ulysses_kit.serve(
-        implementation="fake-raises",
-        version="1",
-        features=torch_plain.FEATURES,
-        setup=torch_plain.setup,
-        attention=attention,
-    )
+    fake.serve(attention=attention)

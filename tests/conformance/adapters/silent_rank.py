@@ -2,8 +2,8 @@
 
 import time
 
+import fake
 import torch_plain
-import ulysses_kit
 
 
 def setup(rank):
@@ -13,10 +13,4 @@ def setup(rank):
 
 
 if __name__ == "__main__":
-    ulysses_kit.serve(
-        implementation="fake-silent-rank",
-        version="1",
-        features=torch_plain.FEATURES,
-        setup=setup,
-        attention=torch_plain.attention,
-    )
+    fake.serve(setup=setup)

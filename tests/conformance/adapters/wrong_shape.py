@@ -1,8 +1,8 @@
 """Misbehaves: out is [B,Hq,s,D] where [B,s,Hq,D] is wanted. Its gradients are right."""
 
+import fake
 import torch
 import torch_plain
-import ulysses_kit
 
 
 def attention(q, k, v, case):
@@ -11,10 +11,4 @@ def attention(q, k, v, case):
 
 
 if __name__ == "__main__":
-    ulysses_kit.serve(
-        implementation="fake-wrong-shape",
-        version="1",
-        features=torch_plain.FEATURES,
-        setup=torch_plain.setup,
-        attention=attention,
-    )
+    fake.serve(attention=attention)
