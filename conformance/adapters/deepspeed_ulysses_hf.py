@@ -1,12 +1,17 @@
 """deepspeed's UlyssesSPAttentionHF, unmodified, around transformers' own sdpa_attention_forward.
 
-It claims what the constructor checks: query heads that the world divides, and KV heads that it divides or that
-divide it (then it replicates them).
+It claims what the constructor checks (query heads that the world divides, KV heads that it divides or that divide it:
+then it replicates them) or takes (a fixed length, the bypass outside training, the debug mode), and the arguments of
+the core attention that it passes on: scale and dropout.
+
+It gathers position ids and hands them to the core attention. That sdpa reads no documents from them is not refused
+here: this is how DeepSpeed puts the two together. No mask is claimed, because that integration passes none on.
 """
 
 from types import SimpleNamespace
 
 import deepspeed_cpu  # before deepspeed
+import torch
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -14,7 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import ulysses_kit
 
 GROUP = None
-LAYERS: dict[tuple, UlyssesSPAttentionHF] = {}  # batch, heads and head size are fixed when one is made
+# What is fixed when one is made, and the layer with the module that calls it: it lives as long, as in a model
+LAYERS: dict[tuple, tuple[UlyssesSPAttentionHF, SimpleNamespace]] = {}
 
 
 def setup(rank: ulysses_kit.Rank) -> None:
@@ -22,33 +28,44 @@ def setup(rank: ulysses_kit.Rank) -> None:
     GROUP = deepspeed_cpu.setup(rank)
 
 
-def layer(case: ulysses_kit.Case) -> UlyssesSPAttentionHF:
-    shape = (case.batch, case.query_heads, case.kv_heads, case.head_size)
-    if shape not in LAYERS:
+def layer(case: ulysses_kit.Case) -> tuple[UlyssesSPAttentionHF, SimpleNamespace]:
+    key = (case.batch, case.query_heads, case.kv_heads, case.head_size, case.layers, case.fixed_sequence)
+    if key not in LAYERS:
         try:
-            LAYERS[shape] = UlyssesSPAttentionHF(
+            made = UlyssesSPAttentionHF(
                 attn=sdpa_attention_forward,
                 batch_size=case.batch,
                 attn_head_count=case.query_heads,
                 attn_head_size=case.head_size,
                 kv_head_count=case.kv_heads,
-                num_hidden_layers=1,
+                num_hidden_layers=1 if case.layers is None else case.layers,
                 process_group=GROUP,
-                seq_length_is_variable=True,
+                seq_length_is_variable=case.fixed_sequence is None,
+                local_seq_length=case.fixed_sequence and case.fixed_sequence // case.world,
+                global_seq_length=case.fixed_sequence,
+                disable_in_eval=True,  # as accelerate makes it
             )
         except ValueError as refusal:
             raise ulysses_kit.Unsupported(f"UlyssesSPAttentionHF: {refusal}") from refusal
-    return LAYERS[shape]
+        made.skip_all_but_last_attention_debug_mode = case.layers is not None
+        # what both read of a model's attention module, and what replication changes in it
+        LAYERS[key] = made, SimpleNamespace(num_key_value_groups=case.query_heads // case.kv_heads)
+    return LAYERS[key]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, case: ulysses_kit.Case) -> Tensor:
-    # what both classes read of a model's attention module; replication changes num_key_value_groups in it
-    module = SimpleNamespace(
-        training=True, is_causal=case.causal, num_key_value_groups=case.query_heads // case.kv_heads
-    )
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B,H,s,D], as models call it
-    out, _ = layer(case)(module, q, k, v, None, position_ids=case.position_ids)
-    return out.unflatten(-1, (case.query_heads, case.head_size))  # from [B,s,Hq*D]
+    ulysses, module = layer(case)
+    module.training, module.is_causal = case.training, case.causal
+    if case.dropout is not None:  # its random numbers are the caller's: alike on all ranks, if they seed alike
+        torch.manual_seed((case.seed * case.world + case.rank) % 2**63)
+    dropout = case.dropout or 0.0 if case.training else 0.0  # what models pass
+    out, k, v = q, k.transpose(1, 2), v.transpose(1, 2)  # [B,H,s,D], as models call it
+    for _ in range(case.layers or 1):
+        out, _ = ulysses(
+            module, out.transpose(1, 2), k, v, None, position_ids=case.position_ids, scaling=case.scale, dropout=dropout
+        )
+        out = out.reshape(*q.shape[:3], -1)  # from [B,s,Hq*D]
+    return out
 
 
 if __name__ == "__main__":
@@ -57,7 +74,8 @@ if __name__ == "__main__":
         version=deepspeed_cpu.deepspeed.__version__,
         features=[
             *("dtype-f64", "dtype-f32", "dtype-bf16", "dtype-f16", "mask-full", "mask-causal"),
-            *("grouped-kv", "kv-replication", "batch"),
+            *("grouped-kv", "kv-replication", "batch", "strided-inputs", "recompute"),
+            *("scale", "dropout", "eval-bypass", "fixed-length", "skip-all-but-last"),
         ],
         setup=setup,
         attention=attention,

@@ -2,7 +2,8 @@
 
 Every rank owns s = S/P tokens of all heads. Attention wants all tokens of some heads, so an all-to-all before it
 trades heads for tokens, and one behind it trades them back. Query heads and KV heads are cut in the same order,
-hence a query head meets its KV head on one rank. Not here: lengths or head counts that the ranks do not divide.
+hence a query head meets its KV head on one rank. Not here: lengths or head counts that the ranks do not divide,
+masks other than full and causal.
 """
 
 import torch
@@ -32,8 +33,10 @@ class Exchange(torch.autograd.Function):
         return Exchange.apply(grad, ctx.group), None
 
 
-def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Attention over the tokens of all ranks: q [B,s,Hq,D], k and v [B,s,Hkv,D], result [B,s,Hq,D]."""
+def ulysses_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Attention over the tokens of all ranks: q [B,s,Hq,D], k [B,s,Hkv,D], v [B,s,Hkv,V], result [B,s,Hq,V]."""
     world = dist.get_world_size(group)
     query_heads, kv_heads = q.shape[2], k.shape[2]
     if query_heads % world != 0:
@@ -43,16 +46,16 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, group: dist
     if kv_heads < world:  # neighbouring ranks share a KV head: k0 k0 k1 k1, not k0 k1 k0 k1
         k, v = (x.repeat_interleave(world // kv_heads, dim=2) for x in (k, v))
 
-    # [B,s,H,D] -> [B,s,P,H/P,D]: block p of each holds the heads of rank p, so one exchange serves all three
-    by_rank = [x.unflatten(2, (world, -1)) for x in (q, k, v)]
-    received = Exchange.apply(torch.cat(by_rank, dim=3).movedim(2, 0), group)  # [P,B,s,h,D], P by source
-    whole = received.movedim(0, 1).flatten(1, 2)  # [B,S,h,D]: ranks own their tokens in rank order
-    local = [x.shape[3] for x in by_rank]
-    q, k, v = (x.transpose(1, 2) for x in whole.split(local, dim=2))
-    out = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)  # [B,Hq/P,S,D]
+    # [B,s,H,D] -> [B,s,P,H/P*D]: block p of each holds the heads of rank p, so one exchange serves all three
+    by_rank = [x.unflatten(2, (world, -1)).flatten(3) for x in (q, k, v)]
+    received = Exchange.apply(torch.cat(by_rank, dim=3).movedim(2, 0), group)  # [P,B,s,n], P by source
+    whole = received.movedim(0, 1).flatten(1, 2)  # [B,S,n]: ranks own their tokens in rank order
+    parts = whole.split([x.shape[3] for x in by_rank], dim=2)
+    q, k, v = (part.unflatten(2, (-1, x.shape[3])).transpose(1, 2) for part, x in zip(parts, (q, k, v)))
+    out = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)  # [B,Hq/P,S,V]
 
-    by_rank = out.transpose(1, 2).unflatten(1, (world, -1))  # [B,P,s,Hq/P,D]
-    received = Exchange.apply(by_rank.movedim(1, 0), group)  # [P,B,s,Hq/P,D]
+    by_rank = out.transpose(1, 2).unflatten(1, (world, -1))  # [B,P,s,Hq/P,V]
+    received = Exchange.apply(by_rank.movedim(1, 0), group)  # [P,B,s,Hq/P,V]
     return received.movedim(0, 2).flatten(2, 3)
 
 
@@ -63,15 +66,17 @@ def setup(rank: ulysses_kit.Rank) -> None:
 def attention(q: Tensor, k: Tensor, v: Tensor, case: ulysses_kit.Case) -> Tensor:
     if len(set(case.shard_lengths)) > 1:  # seen from the lengths of all ranks: refused by all, before any waits
         raise ulysses_kit.Unsupported(f"shards of unequal lengths {case.shard_lengths}")
+    if case.documents:  # it reads no position ids, and would have tokens attend across documents without a word
+        raise ulysses_kit.Unsupported("packed documents")
     try:
-        return ulysses_attention(q, k, v, case.causal)
+        return ulysses_attention(q, k, v, case.causal, case.scale)
     except ValueError as refusal:
         raise ulysses_kit.Unsupported(str(refusal)) from refusal
 
 
 FEATURES = [
     *("dtype-f64", "dtype-f32", "dtype-bf16", "dtype-f16", "mask-full", "mask-causal"),
-    *("grouped-kv", "kv-replication", "batch"),
+    *("grouped-kv", "kv-replication", "batch", "value-head-size", "strided-inputs", "recompute", "scale"),
 ]
 
 if __name__ == "__main__":

@@ -45,10 +45,11 @@ import safetensors.torch
 import torch
 import torch.fx.experimental.symbolic_shapes  # half a second; autograd.grad imports it, in every rank if not here
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 torch.set_num_threads(1)  # the same, for an adapter that imported torch first
 PROTOCOL = 1
-FEATURES = (
+LIMITS = (  # come with the data: one case steps over each that is not claimed, and is to be refused
     *("dtype-f64", "dtype-f32", "dtype-bf16", "dtype-f16", "mask-full", "mask-causal"),
     "batch",  # more than one sequence
     "grouped-kv",  # fewer KV heads than query heads
@@ -57,7 +58,33 @@ FEATURES = (
     "uneven-query-heads",  # query heads are no multiple of the ranks, and not fewer
     "fewer-query-heads-than-ranks",
     "uneven-sequence",  # the sequence is no multiple of the ranks
+    "empty-rank",  # fewer tokens than ranks: some own none
+    "value-head-size",  # values of another size than queries and keys
+    "documents-by-position",  # packed documents, told by position ids that restart
+    "strided-inputs",  # q, k, v that are views, also with stride 0
+    "recompute",  # activation checkpointing around attention
 )
+REQUESTS = (  # are asked for by an argument: what is not claimed is not asked
+    "cross-attention",
+    "sharding-zigzag",
+    "sharding-striped",
+    "eval-bypass",
+    "sliding-window",
+    "documents-by-ends",
+    "key-padding",
+    "block-sparse",
+    "alibi",
+    "sinks",
+    "qk-norm",
+    "rotary",
+    "mrope",
+    "softcap",
+    "scale",
+    "dropout",
+    "fixed-length",
+    "skip-all-but-last",
+)
+FEATURES = (*LIMITS, *REQUESTS)
 # The variables in which launchers say rank, world size and rank on this host. Slurm's size is that of the step:
 # a batch script has SLURM_PROCID as well, and it is no rank.
 LAUNCHERS = (
@@ -66,6 +93,8 @@ LAUNCHERS = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
+HEAD_STATE = ("slopes", "sinks", "q_norm", "k_norm")  # learned with the heads: gradients are asked
+OPTIONAL_TENSORS = ("document_ends", "attention_mask", "layout", *HEAD_STATE)
 
 
 class Unsupported(Exception):
@@ -91,7 +120,11 @@ class Rank:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What `attention` is told beside q [B,s,Hq,D], k and v [B,s,Hkv,D]. The scale is 1/sqrt(head_size)."""
+    """What `attention` is told beside q [B,s,Hq,D], k [B,s,Hkv,D] and v [B,s,Hkv,value_size].
+
+    The fields behind `documents` say what is asked for by REQUESTS. Who claims none of them can skip them: they are
+    None or False, sharding is "contiguous", and `training` is True.
+    """
 
     name: str
     number: int
@@ -100,22 +133,49 @@ class Case:
     world: int
     batch: int
     sequence: int  # of all ranks together
-    shard_lengths: list[int]  # of every rank; they own contiguous tokens, in rank order
+    shard_lengths: list[int]  # of every rank; contiguous tokens in rank order, if `sharding` says nothing else
     query_heads: int
     kv_heads: int
     head_size: int
     mask: str  # "causal" or "full"
     dtype: str  # "f64", "f32", "bf16" or "f16"
-    position_ids: Tensor  # int64 [B,s]
-    dout: Tensor  # the cotangent of out, for an implementation that runs its own backward
+    position_ids: Tensor  # int64 [B,s]; [3,B,s] with mrope
+    dout: Tensor  # [B,s,Hq,value_size], the cotangent of out, for an implementation that runs its own backward
+    value_size: int  # of a head in v, out and dout
+    strides: str  # "contiguous", or how q, k, v lie in memory: "transposed", "packed", "expanded"
+    recompute: bool  # the kit checkpoints `attention`
+    documents: str | None  # packed documents are told by "positions" that restart, or by "ends"
+    document_ends: Tensor | None  # int64 [B,n], cumulative over the whole sequence; position ids then run on
+    kv_sequence: int | None  # cross-attention: every rank has all of k and v, this many tokens; dk, dv are partial
+    sharding: str  # "contiguous"; "zigzag" (chunks r and 2P-1-r of 2P) or "striped" (tokens r, r+P, ...) of rank r
+    training: bool  # False: the bypass; every rank has the whole sequence and answers it alone
+    window: int | None  # query i sees key j only if |i-j| < window
+    padding: bool  # there is an attention_mask
+    attention_mask: Tensor | None  # int64 [B,s], 1 where a token is real; nobody sees the others
+    block_size: int | None  # query i of head h sees key j only if layout[h, i // block_size, j // block_size]
+    layout: Tensor | None  # int64 [Hq,nb,nb], nb = ceil(S / block_size), whole on every rank
+    alibi: bool  # there are slopes
+    slopes: Tensor | None  # [Hq], a leaf; scores -= slopes[h] * |i-j|, after scale and softcap
+    sinks: Tensor | None  # [Hq], a leaf; the softmax of head h also divides by exp(sinks[h])
+    norms: bool  # there are q_norm and k_norm
+    q_norm: Tensor | None  # [Hq,D], a leaf; q := q / sqrt(mean(q^2) + 1e-6) * q_norm over D, before rotary
+    k_norm: Tensor | None  # [Hkv,D], a leaf; the same for k
+    rotary: dict | None  # "base": rotate pairs (c, c+D/2) by position * base^(-2c/D); "sections": pairs of t, h, w
+    softcap: float | None  # scores := softcap * tanh(scores / softcap), after scale
+    scale: float | None  # of scores; None: 1/sqrt(head_size)
+    dropout: float | None  # the probability that a weight is dropped; the others are divided by 1 - dropout
+    seed: int  # for dropout: the same on every rank
+    fixed_sequence: int | None  # the length that attention is to be constructed for; another is to be refused
+    layers: int | None  # of so many layers all but the last pass the query heads through; each one's q is the last out
 
     @property
     def causal(self) -> bool:
         return self.mask == "causal"
 
 
-# returns out [B,s,Hq,D], or (out, dq, dk, dv) when it runs its own backward
-Attention = Callable[[Tensor, Tensor, Tensor, Case], Tensor | tuple[Tensor, Tensor, Tensor, Tensor]]
+# returns out [B,s,Hq,value_size], or (out, dq, dk, dv) when it runs its own backward; behind those stand the gradients
+# of slopes, sinks, q_norm, k_norm, of those that the case has
+Attention = Callable[[Tensor, Tensor, Tensor, Case], Tensor | tuple[Tensor, ...]]
 Setup = Callable[[Rank], Any]
 
 
@@ -236,25 +296,24 @@ def _answer(rank: Rank, attention: Attention, path: Path) -> bytes:
 
 
 def _outputs_and_gradients(rank: Rank, attention: Attention, path: Path, answer: dict) -> dict[str, Tensor]:
-    with safetensors.safe_open(path, framework="pt") as file:
-        told = json.loads(file.metadata()["case"])
-        given = {name: file.get_tensor(name).to(rank.device, copy=True) for name in file.keys()}
-    if told["profile"] != "attention":
-        raise Unsupported(f"this kit knows the profile attention, not {told['profile']}")
-    case = Case(**told, position_ids=given["position_ids"], dout=given["dout"])
-    leaves = {name: given[name].requires_grad_() for name in ("q", "k", "v")}
+    case, leaves = _read_case(rank, path)
+    names = ("out", *(f"d{name}" for name in leaves))
+    if case.recompute:  # saves inputs alone; backward runs `attention` a second time, its collectives with it
+        attention = functools.partial(checkpoint, attention, use_reentrant=False)
     if rank.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(rank.device)
     rank.progress("forward")
     started = time.perf_counter()
-    answered = attention(*leaves.values(), case)
+    answered = attention(leaves["q"], leaves["k"], leaves["v"], case)
     answered = answered if isinstance(answered, tuple) else (answered,)
-    if len(answered) not in (1, 4) or not all(isinstance(tensor, Tensor) for tensor in answered):
+    if len(answered) not in (1, len(names)) or not all(isinstance(tensor, Tensor) for tensor in answered):
         kinds = [type(tensor).__name__ for tensor in answered]
-        raise TypeError(f"attention returned {kinds}; wanted a tensor out, or tensors (out, dq, dk, dv)")
+        raise TypeError(f"attention returned {kinds}; wanted a tensor out, or tensors ({', '.join(names)})")
     if len(answered) == 1:
         rank.progress("backward")
         answered += _gradients(answered[0], leaves, case.dout)
+    elif case.recompute:
+        raise Unsupported("recompute: forward runs again in autograd's backward; gradients of its own do without it")
     if rank.device.type == "cuda":
         torch.cuda.synchronize(rank.device)
         answer["peak_memory_bytes"] = torch.cuda.max_memory_allocated(rank.device)
@@ -262,14 +321,43 @@ def _outputs_and_gradients(rank: Rank, attention: Attention, path: Path, answer:
     rank.progress("answer")
     # own, contiguous memory, as the format wants it; neither shape nor dtype changes
     copies = (tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for tensor in answered)
-    return dict(zip(("out", "dq", "dk", "dv"), copies))
+    return dict(zip(names, copies))
+
+
+def _read_case(rank: Rank, path: Path) -> tuple[Case, dict[str, Tensor]]:
+    """The case, and by name the leaves whose gradients are asked: q, k, v, and the head state that it has."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        told = json.loads(file.metadata()["case"])
+        given = {name: file.get_tensor(name).to(rank.device, copy=True) for name in file.keys()}
+    if told["profile"] != "attention":
+        raise Unsupported(f"this kit knows the profile attention, not {told['profile']}")
+    leaves = _lay_out(*(given.pop(name) for name in ("q", "k", "v")), told["strides"])
+    state = {name: given.pop(name).requires_grad_() for name in HEAD_STATE if name in given}
+    return Case(**told | dict.fromkeys(OPTIONAL_TENSORS) | given | state), leaves | state
+
+
+def _lay_out(q: Tensor, k: Tensor, v: Tensor, strides: str) -> dict[str, Tensor]:
+    """q, k, v as leaves that lie in memory as the case says; in the file every tensor is contiguous."""
+    if strides == "transposed":  # [B,H,s,D] seen as [B,s,H,D]
+        tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    elif strides == "packed":  # what one projection to [B,s,3,H,D] leaves
+        tensors = torch.stack((q, k, v), dim=2).unbind(2)
+    elif strides == "expanded":  # one sequence of keys for the whole batch, with stride 0
+        tensors = [q, *(x[:1].expand_as(x) for x in (k, v))]
+    elif strides == "contiguous":
+        tensors = [q, k, v]
+    else:
+        raise Unsupported(f"this kit cannot lay tensors out {strides}")
+    return {name: x.detach().requires_grad_() for name, x in zip(("q", "k", "v"), tensors)}
 
 
 def _gradients(out: Tensor, leaves: dict[str, Tensor], dout: Tensor) -> tuple[Tensor, ...]:
     if out.shape != dout.shape or out.dtype != dout.dtype:  # autograd would cast dout without a word
-        raise ValueError(f"out is {out.dtype} {list(out.shape)}; it must be like q, {dout.dtype} {list(dout.shape)}")
+        raise ValueError(f"out is {out.dtype} {list(out.shape)}; it must be like dout, {dout.dtype} {list(dout.shape)}")
     if not out.requires_grad:
-        raise RuntimeError("out has no graph: autograd cannot reach q, k, v from it. Or return (out, dq, dk, dv)")
+        names = [f"d{name}" for name in leaves]
+        raise RuntimeError(f"out has no graph: autograd reaches no input from it. Or return (out, {', '.join(names)})")
+    # A rank that has no use for some heads still slices them off: a slice has a gradient, zeros. So None is an error.
     gradients = torch.autograd.grad(out, tuple(leaves.values()), dout, allow_unused=True)
     if missing := [f"d{name}" for name, gradient in zip(leaves, gradients) if gradient is None]:
         raise RuntimeError(f"no gradient {', '.join(missing)}: out does not depend on that input through autograd")

@@ -88,7 +88,8 @@ struct RunArguments {
     #[arg(long, value_name = "FOLDER")]
     exchange: Option<PathBuf>,
 
-    /// Print the names of the selected cases, and run none
+    /// Print the names of the selected cases, each with the clauses that it
+    /// tests, and run none
     #[arg(long)]
     list: bool,
 }
@@ -124,7 +125,10 @@ pub fn execute(arguments: &Arguments, program: &str) -> ExitCode {
     }
     if arguments.list {
         for case in cases {
-            print(&format!("{case}\n"));
+            print(&format!(
+                "{case}  {}\n",
+                catalogue::clauses(&case).join(" ")
+            ));
         }
         return ExitCode::Success;
     }

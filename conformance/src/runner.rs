@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use fixtures::{Case, Feature, Inputs};
 
-use crate::implementation::{Failure, Implementation, Interrupt};
-use crate::judge::{self, Due, Judgement, Verdict};
+use crate::implementation::{Failure, Implementation, Interrupt, RankAnswer};
+use crate::judge::{self, Cause, Due, Judgement, Verdict};
 
 /// Something that happened in a run.
 #[derive(Debug)]
@@ -67,8 +67,9 @@ impl Summary {
 
 /// Asks `implementation` each of `cases`, in their order, and judges it.
 ///
-/// What it does not claim is not asked, but for one case for each feature that
-/// it does not claim: there the right answer is a refusal.
+/// What it does not claim is not asked, but for one case for each limit that it
+/// does not claim to be without: there the right answer is a refusal. A case of
+/// state is asked as its questions in turn, and has one record.
 pub fn run(
     implementation: &mut dyn Implementation,
     cases: &[Case],
@@ -115,6 +116,8 @@ pub fn run(
 
 /// What is due from an implementation that claims these features, or the
 /// feature for want of which it is not asked.
+///
+/// A limit is stepped over by one question that is good but for this limit.
 fn due(
     case: &Case,
     claims: &BTreeSet<String>,
@@ -124,20 +127,63 @@ fn due(
         .features()
         .into_iter()
         .filter(|feature| !claims.contains(feature.name()));
+    let extras = &case.extras;
+    let may_step_over = extras.defect.is_none() && extras.state.is_none();
     match (unclaimed.next(), unclaimed.next()) {
-        (None, _) => Ok(Due::Answer),
-        (Some(feature), None) if stepped_over.insert(feature) => Ok(Due::Refusal(feature)),
+        (None, _) => Ok(match extras.defect {
+            Some(defect) => Due::Refusal(Cause::BadInput(defect)),
+            None => Due::Answer,
+        }),
+        (Some(limit), None) if may_step_over && limit.is_limit() && stepped_over.insert(limit) => {
+            Ok(Due::Refusal(Cause::Unclaimed(limit)))
+        }
         (Some(feature), _) => Err(feature),
     }
 }
 
-/// Asks and judges one case; `None` if that was interrupted.
+/// Asks and judges one case, its questions in turn up to the first that is not
+/// answered rightly; `None` if that was interrupted.
 fn ask(implementation: &mut dyn Implementation, case: &Case, due: Due) -> Option<Record> {
-    let inputs = Inputs::of(case);
+    let questions = case.questions();
+    let mut record = Record::unasked(case, Judgement::new(Verdict::Exact, ""));
+    let mut first = None;
+    for (i, question) in questions.iter().enumerate() {
+        let (judgement, answers) = ask_one(implementation, question, due, &mut record)?;
+        if questions.len() == 1 {
+            record.judgement = judgement;
+            break;
+        }
+        if !matches!(judgement.verdict, Verdict::Exact | Verdict::Pass) {
+            record.judgement = of_question(judgement, i + 1, &questions);
+            break;
+        }
+        record.judgement = match first {
+            None => judgement,
+            Some(_) => record.judgement.gravest(judgement),
+        };
+        let first = first.get_or_insert_with(|| answers.clone());
+        if i + 1 == questions.len()
+            && let Some(judgement) = judge::repeated(question, first, &answers)
+        {
+            record.judgement = judgement;
+        }
+    }
+    Some(record)
+}
+
+/// Asks and judges one question, and adds to `costs` what that costs. No
+/// answers where there are none; `None` if it was interrupted.
+fn ask_one(
+    implementation: &mut dyn Implementation,
+    question: &Case,
+    due: Due,
+    costs: &mut Record,
+) -> Option<(Judgement, Vec<RankAnswer>)> {
+    let inputs = Inputs::of(question);
     let start = Instant::now();
-    let answers = match implementation.ask(case, &inputs) {
+    let answers = match implementation.ask(question, &inputs) {
         Ok(answers) => answers,
-        Err(failure) => return Record::without_answer(case, failure),
+        Err(failure) => return Some((judge::without_answer(failure)?, Vec::new())),
     };
     let asked = start.elapsed();
     let computed = answers
@@ -146,20 +192,34 @@ fn ask(implementation: &mut dyn Implementation, case: &Case, due: Due) -> Option
         .map(|(info, _)| info.elapsed_s)
         .fold(0.0, f64::max);
     // An error inside the judge is never a pass and never a failure.
-    let judge = AssertUnwindSafe(|| judge::judge(case, &inputs, due, &answers));
+    let judge = AssertUnwindSafe(|| judge::judge(question, &inputs, due, &answers));
     let judgement = catch_unwind(judge).unwrap_or_else(|_| {
         Judgement::new(
             Verdict::Unclear,
             "the judge panicked; what it said is on the standard error",
         )
     });
-    Some(Record {
-        case: case.clone(),
-        judgement,
-        asked,
-        computed: Duration::try_from_secs_f64(computed).unwrap_or_default(),
-        judged: start.elapsed() - asked,
-    })
+    costs.asked += asked;
+    costs.computed += Duration::try_from_secs_f64(computed).unwrap_or_default();
+    costs.judged += start.elapsed() - asked;
+    Some((judgement, answers))
+}
+
+/// Says which of several questions it was that got this judgement.
+fn of_question(mut judgement: Judgement, number: usize, questions: &[Case]) -> Judgement {
+    let suffix = match number {
+        1 => "st",
+        2 => "nd",
+        3 => "rd",
+        _ => "th",
+    };
+    let place = format!("the {number}{suffix} of {} questions", questions.len());
+    judgement.sentence = format!("{place}: {}", judgement.sentence);
+    let names = questions.iter().skip(number - 1).take(1);
+    judgement
+        .details
+        .extend(names.map(|name| format!("{place} is {name}")));
+    judgement
 }
 
 impl Record {

@@ -44,7 +44,7 @@ impl Error {
         }
     }
 
-    /// The argument that was refused: `query`, `key`, `value` or `options`.
+    /// The argument that was refused: `query`, for instance, or `slopes`.
     pub fn argument(&self) -> Option<&'static str> {
         match self {
             Error::Refused(refusal) => Some(refusal.argument),

@@ -25,6 +25,7 @@ use crate::{
     communicator::Communicator,
     error::{Error, Refusal, Result},
     head_partition::HeadPartition,
+    token_partition::TokenPartition,
 };
 use passes::{HeadsToSequence, SequenceToHeads};
 use shapes::Counts;
@@ -39,20 +40,20 @@ use tch::Tensor;
 #[derive(Clone)]
 pub struct Exchange {
     communicator: Arc<dyn Communicator>,
-    tokens: Vec<usize>,
+    tokens: TokenPartition,
     heads: HeadPartition,
 }
 
 impl Exchange {
-    /// An exchange in which rank p owns `tokens[p]` contiguous tokens, in rank
-    /// order, and the heads that `heads` gives it.
+    /// An exchange in which each rank owns the tokens that `tokens` gives it,
+    /// and the heads that `heads` gives it.
     ///
     /// # Errors
     /// Refused when `tokens`, `heads` and `communicator` differ in the number
     /// of ranks.
     pub fn new(
         communicator: Arc<dyn Communicator>,
-        tokens: Vec<usize>,
+        tokens: TokenPartition,
         heads: HeadPartition,
     ) -> Result<Self> {
         let size = communicator.size();
@@ -64,8 +65,8 @@ impl Exchange {
                 remedy: "describe every rank once".to_owned(),
             })
         };
-        if tokens.len() != size {
-            return Err(refuse("tokens", tokens.len()));
+        if tokens.ranks() != size {
+            return Err(refuse("tokens", tokens.ranks()));
         }
         if heads.ranks() != size {
             return Err(refuse("heads", heads.ranks()));
@@ -92,7 +93,7 @@ impl Exchange {
         value: &Tensor,
     ) -> Result<(Tensor, Tensor, Tensor)> {
         let all = [query, key, value];
-        if self.tokens.len() == 1 {
+        if self.tokens.ranks() == 1 {
             let [query, key, value] = all.map(|tensor| tensor.f_transpose(1, 2));
             return Ok((query?, key?, value?));
         }
@@ -113,7 +114,7 @@ impl Exchange {
     /// # Errors
     /// As for [`Exchange::sequence_to_heads`].
     pub fn heads_to_sequence(&self, output: &Tensor) -> Result<Tensor> {
-        if self.tokens.len() == 1 {
+        if self.tokens.ranks() == 1 {
             return Ok(output.f_transpose(1, 2)?);
         }
         let outputs = apply(HeadsToSequence::new(self), &[output])?;
@@ -141,22 +142,22 @@ impl Exchange {
 
     fn counts(&self, all_heads: usize, own_heads: usize) -> Counts {
         Counts {
-            own_tokens: self.tokens[self.rank()] as i64,
-            all_tokens: self.tokens.iter().sum::<usize>() as i64,
+            own_tokens: self.tokens.tokens(self.rank()) as i64,
+            all_tokens: self.tokens.total() as i64,
             own_heads: own_heads as i64,
             all_heads: all_heads as i64,
         }
     }
 
     /// For each rank, its query heads in a tensor [B, s, Hq, D]: views
-    /// [B, s, h, D].
-    fn by_query_heads(&self, tensor: &Tensor) -> Result<Vec<Tensor>> {
+    /// [B, t, h, D], one for each run of this rank's tokens.
+    fn by_query_heads(&self, tensor: &Tensor) -> Result<Vec<Vec<Tensor>>> {
         self.by_heads(tensor, |rank| self.heads.query_range(rank))
     }
 
     /// For each rank, its KV heads in a tensor [B, s, Hkv, D]: views
-    /// [B, s, h, D], which overlap where a head is replicated.
-    fn by_kv_heads(&self, tensor: &Tensor) -> Result<Vec<Tensor>> {
+    /// [B, t, h, D], which overlap where a head is replicated.
+    fn by_kv_heads(&self, tensor: &Tensor) -> Result<Vec<Vec<Tensor>>> {
         self.by_heads(tensor, |rank| self.heads.kv_range(rank))
     }
 
@@ -164,26 +165,45 @@ impl Exchange {
         &self,
         tensor: &Tensor,
         range: impl Fn(usize) -> Range<usize>,
-    ) -> Result<Vec<Tensor>> {
-        (0..self.tokens.len())
+    ) -> Result<Vec<Vec<Tensor>>> {
+        (0..self.tokens.ranks())
             .map(|rank| {
                 let heads = range(rank);
-                Ok(tensor.f_narrow(2, heads.start as i64, heads.len() as i64)?)
+                self.by_own_runs(&tensor.f_narrow(2, heads.start as i64, heads.len() as i64)?)
             })
             .collect()
     }
 
-    /// For each rank, its tokens in a tensor [B, h, S, D]: views [B, s, h, D].
-    fn by_tokens(&self, tensor: &Tensor) -> Result<Vec<Tensor>> {
+    /// The runs of this rank's tokens in a tensor [B, s, h, D]: views
+    /// [B, t, h, D].
+    fn by_own_runs(&self, tensor: &Tensor) -> Result<Vec<Tensor>> {
+        let runs = self.tokens.runs(self.rank());
+        if runs.len() == 1 {
+            return Ok(vec![tensor.shallow_clone()]);
+        }
         let mut start = 0;
-        self.tokens
-            .iter()
-            .map(|&tokens| {
-                let view = tensor
-                    .f_narrow(2, start, tokens as i64)?
-                    .f_transpose(1, 2)?;
-                start += tokens as i64;
+        runs.iter()
+            .map(|run| {
+                let view = tensor.f_narrow(1, start, run.tokens as i64)?;
+                start += run.tokens as i64;
                 Ok(view)
+            })
+            .collect()
+    }
+
+    /// For each rank, its tokens in a tensor [B, h, S, D]: views [B, t, h, D],
+    /// one for each run of that rank.
+    fn by_tokens(&self, tensor: &Tensor) -> Result<Vec<Vec<Tensor>>> {
+        let tensor = tensor.f_transpose(1, 2)?;
+        (0..self.tokens.ranks())
+            .map(|rank| {
+                let runs = self.tokens.runs(rank).iter();
+                runs.map(|run| {
+                    let (first, step) = (run.first as i64, run.step as i64);
+                    let past = first + (run.tokens as i64 - 1) * step + 1;
+                    Ok(tensor.f_slice(1, first, past, step)?)
+                })
+                .collect()
             })
             .collect()
     }

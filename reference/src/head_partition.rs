@@ -165,6 +165,22 @@ impl HeadMap {
         first(kv_head)..first(kv_head + 1)
     }
 
+    /// The KV heads that a contiguous range of query heads attends to, and the
+    /// map from the former to the latter. An empty range has no KV heads.
+    pub fn narrow(&self, query_heads: Range<usize>) -> (Range<usize>, HeadMap) {
+        let picked = self.kv_of_query.get(query_heads).unwrap_or_default();
+        let kv_range = match picked {
+            [] => 0..0,
+            [first, .., last] => *first..last + 1,
+            [only] => *only..only + 1,
+        };
+        let narrowed = HeadMap {
+            kv_of_query: picked.iter().map(|kv| kv - kv_range.start).collect(),
+            kv_heads: kv_range.len(),
+        };
+        (kv_range, narrowed)
+    }
+
     /// The number of query heads of every KV head, if that is the same for
     /// all; a kernel for grouped-query attention can then be used as it is.
     ///
@@ -208,6 +224,17 @@ mod tests {
         assert_eq!(heads.head_map(1).query_range_of(0), 0..1);
         assert_eq!(heads.head_map(1).query_range_of(1), 1..3);
         assert_eq!(heads.head_map(1).uniform_group(), None);
+    }
+
+    #[test]
+    fn a_range_of_query_heads_keeps_its_kv_heads() {
+        let map = HeadPartition::new(8, 4, 1).unwrap().head_map(0);
+        let (kv, narrowed) = map.narrow(3..6);
+        assert_eq!(kv, 1..3);
+        assert_eq!(narrowed.kv_of_query(), [0, 1, 1]);
+        assert_eq!(narrowed.kv_heads(), 2);
+        assert_eq!(map.narrow(0..8), (0..4, map.clone()));
+        assert_eq!(map.narrow(5..5).0, 0..0);
     }
 
     #[test]

@@ -30,17 +30,20 @@
 //! | module | holds |
 //! |---|---|
 //! | [`attention`] | [`UlyssesAttention`]: agree, exchange, attend, exchange back |
-//! | [`options`] | what a caller may choose |
+//! | [`options`] | what a caller may choose once |
+//! | [`call`] | what a call may bring beside query, key and value |
+//! | [`distributed_attention`] | the same around any core attention, in any layout |
+//! | [`cross_attention`](mod@cross_attention) | to keys and values that every rank holds whole |
 //! | [`exchange`] | the two differentiable exchanges |
-//! | [`head_partition`] | which heads a rank holds; pure arithmetic |
+//! | [`head_partition`], [`token_partition`] | which heads and tokens a rank holds; pure arithmetic |
 //! | [`core_attention`](mod@core_attention) | attention on one device |
+//! | [`rotary`], [`head_norm`] | what becomes of queries and keys before |
 //! | [`communicator`] | how ranks talk: threads, MPI, a counter around either |
 //! | [`autograd`] | custom autograd functions, which tch lacks |
 //! | [`error`] | the one error type |
 //!
-//! Deliberately not here: positions, masks other than causal and full, layers
-//! other than attention, and any switch that would make a result wrong on
-//! purpose.
+//! Deliberately not here: layers other than attention, and any switch that
+//! would make a result wrong on purpose.
 //!
 //! Source: Jacobs et al., "DeepSpeed Ulysses: System Optimizations for
 //! Enabling Training of Extreme Long Sequence Transformer Models",
@@ -49,22 +52,37 @@
 mod agreement;
 pub mod attention;
 pub mod autograd;
+pub mod call;
 pub mod communicator;
 pub mod core_attention;
+pub mod cross_attention;
+pub mod distributed_attention;
 pub mod error;
 pub mod exchange;
+pub mod head_norm;
 pub mod head_partition;
+mod local_attention;
 pub mod options;
+pub mod rotary;
+mod sequence;
+pub mod token_partition;
 
 pub use attention::UlyssesAttention;
+pub use autograd::checkpoint;
+pub use call::{Call, CallDropout, Documents, HeadNorm};
 pub use communicator::{
     Communicator, CommunicatorError,
     counting::{CountingCommunicator, Traffic},
     mpi::{MpiCommunicator, MpiWorld},
     threads::ThreadCommunicator,
 };
-pub use core_attention::{Kernel, Mask, core_attention};
+pub use core_attention::{BlockLayout, Dropout, Kernel, Mask, Score, Structure, core_attention};
+pub use cross_attention::cross_attention;
+pub use distributed_attention::DistributedAttention;
 pub use error::{Error, Refusal, Result};
 pub use exchange::Exchange;
+pub use head_norm::normalize_heads;
 pub use head_partition::{HeadMap, HeadPartition};
-pub use options::Options;
+pub use options::{Options, SequenceLength};
+pub use rotary::{Rotary, rotate};
+pub use token_partition::{Run, Sharding, TokenPartition};

@@ -3,7 +3,8 @@
 
 use std::collections::HashSet;
 
-use fixtures::{Case, Content, Dtype, Mask, sharding};
+use fixtures::sharding::Shard;
+use fixtures::{Case, Content, Dtype, Extras, Feature, Mask};
 use ulysses_conformance::catalogue;
 
 #[test]
@@ -12,24 +13,30 @@ fn names_are_distinct_and_give_back_their_cases() {
     let names: HashSet<String> = cases.iter().map(Case::to_string).collect();
     assert_eq!(names.len(), cases.len());
     for case in &cases {
+        // Which it is only if the case makes sense.
         assert_eq!(&case.to_string().parse::<Case>().unwrap(), case);
     }
 }
 
 #[test]
 fn no_two_sizes_of_a_case_are_the_same() {
-    for case in catalogue::cases() {
+    // A sequence of a few tokens has no sizes of its own.
+    let cases = catalogue::cases();
+    for case in cases.iter().filter(|case| case.sequence > 8) {
         let mut sizes = vec![case.sequence, case.head_size, case.query_heads];
+        let shards = case.shards();
+        // A shard as long as the others, or as the whole, is no dimension of its
+        // own.
+        let lengths: HashSet<usize> = shards.iter().map(Shard::len).collect();
         sizes.extend(
-            sharding::contiguous(case.sequence, case.world)
-                .iter()
-                .map(ExactSizeIterator::len)
-                // A shard as long as the others, or as the whole, is no
-                // dimension of its own.
-                .collect::<HashSet<_>>()
+            lengths
                 .into_iter()
                 .filter(|&length| length != case.sequence),
         );
+        sizes.extend(case.extras.cross);
+        // Where values show weights there is a channel for each token.
+        let value_size = case.extras.value_size;
+        sizes.extend(value_size.filter(|_| case.content != Content::Onehot));
         let distinct: HashSet<_> = sizes.iter().collect();
         assert_eq!(distinct.len(), sizes.len(), "{case}: {sizes:?}");
         assert!(
@@ -40,6 +47,59 @@ fn no_two_sizes_of_a_case_are_the_same() {
     }
 }
 
+/// What a case asks beyond the plain one, but for its sizes.
+fn part(case: &Case) -> String {
+    let name = case.to_string();
+    let (_, after) = name.split_once("-seed0").unwrap();
+    let digits = |c: char| c.is_ascii_digit();
+    after.split(digits).collect()
+}
+
+#[test]
+fn every_feature_and_every_defect_is_asked_for_on_every_world() {
+    let cases = catalogue::cases();
+    for world in 1..=4 {
+        let these = || cases.iter().filter(|case| case.world == world);
+        let features: HashSet<Feature> = these().flat_map(Case::features).collect();
+        let missing: Vec<_> = Feature::ALL
+            .into_iter()
+            .filter(|feature| !features.contains(feature))
+            .collect();
+        use Feature::{
+            EmptyRank, FewerQueryHeadsThanRanks, KvReplication, UnevenKvHeads, UnevenQueryHeads,
+        };
+        let due = match world {
+            // What takes more than one rank.
+            1 => vec![
+                KvReplication,
+                UnevenKvHeads,
+                UnevenQueryHeads,
+                FewerQueryHeadsThanRanks,
+                EmptyRank,
+            ],
+            4 => vec![],
+            _ => vec![FewerQueryHeadsThanRanks],
+        };
+        assert_eq!(missing, due, "on {world} ranks");
+        let defects: HashSet<_> = these().filter_map(|case| case.extras.defect).collect();
+        assert_eq!(defects.len(), if world == 1 { 16 } else { 17 });
+    }
+}
+
+#[test]
+fn what_is_asked_beyond_meets_every_dtype() {
+    let cases = catalogue::cases();
+    let beyond = || cases.iter().filter(|case| !part(case).is_empty());
+    for case in beyond().filter(|case| case.extras.defect.is_none() && case.world < 8) {
+        let alike = |other: &&Case| part(other) == part(case) && other.mask == case.mask;
+        let dtypes: HashSet<_> = beyond().filter(alike).map(|other| other.dtype).collect();
+        // Dropped weights are not to be read from halves.
+        let due = if case.extras.dropout.is_some() { 2 } else { 4 };
+        let once = case.query_heads == 4;
+        assert!(dtypes.len() == due || once, "{case}: {dtypes:?}");
+    }
+}
+
 #[test]
 fn every_world_and_pair_of_heads_meets_every_mask_dtype_batch_size_and_content() {
     let cases = catalogue::cases();
@@ -47,6 +107,7 @@ fn every_world_and_pair_of_heads_meets_every_mask_dtype_batch_size_and_content()
         for heads in [(8, 8), (8, 4), (8, 2), (8, 1), (6, 3), (12, 3)] {
             let these: Vec<_> = cases
                 .iter()
+                .filter(|case| case.extras == Extras::default())
                 .filter(|case| case.world == world && (case.query_heads, case.kv_heads) == heads)
                 .collect();
             for mask in Mask::ALL {
@@ -70,7 +131,7 @@ fn every_world_and_pair_of_heads_meets_every_mask_dtype_batch_size_and_content()
                     .all(|&size| with(&|case| case.head_size == size))
             );
             assert!(
-                Content::ALL
+                [Content::Gaussian, Content::Peaked]
                     .iter()
                     .all(|&content| with(&|case| case.content == content))
             );

@@ -66,7 +66,7 @@ fn a_case_of_ones_own_is_repeated_by_its_name() {
 #[test]
 fn another_seed_asks_the_same_cases_with_other_values() {
     let list = |seed: &str| run(&format!("run --list --seed {seed}")).stdout;
-    assert_eq!(list("0").replace("-seed0\n", "-seed5\n"), list("5"),);
+    assert_eq!(list("0").replace("-seed0", "-seed5"), list("5"));
 }
 
 #[test]
@@ -123,5 +123,7 @@ fn a_python_that_is_not_there_is_named_with_the_remedy() {
 fn the_reference_passes_around_either_kernel(#[case] kernel: &str) {
     let run = run(&format!("run --kernel {kernel} --filter d16 --world 1,4"));
     assert_eq!(run.code, 0, "{}", run.stdout);
-    assert_eq!(run.named("exact").is_empty(), kernel == "eager");
+    // Where a query sees one key alone, no kernel rounds otherwise.
+    let is_mostly_exact = run.named("exact").len() > run.named("pass").len();
+    assert_eq!(is_mostly_exact, kernel == "sdpa");
 }

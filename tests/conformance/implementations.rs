@@ -4,41 +4,46 @@
 
 mod program;
 
+use std::collections::BTreeSet;
+
+use fixtures::{Case, Extras};
 use program::{Run, run};
 use rstest::rstest;
+use ulysses_conformance::catalogue;
 
 #[rstest]
 #[case::threads("reference")]
 #[case::mpi("reference-mpi")]
-fn the_reference_is_bit_equal_to_dense_on_the_whole_catalogue(#[case] name: &str) {
+fn the_reference_is_right_on_the_whole_catalogue_and_bit_equal_to_dense_where_it_is_plain(
+    #[case] name: &str,
+) {
     let run = run(&format!("run --implementation {name}"));
     assert_eq!(run.code, 0, "{}", run.stdout);
-    let verdicts = run.verdicts();
-    assert_eq!(
-        verdicts.len(),
-        ulysses_conformance::catalogue::cases().len()
-    );
-    // All but the one with fewer query heads than ranks, which it refuses.
-    assert_eq!(
-        run.named("exact").len(),
-        verdicts.len() - 1,
-        "{}",
-        run.stdout
-    );
-    assert_eq!(
-        run.named("refused"),
-        ["attention/p4-b1-s36-hq2-hkv2-d16-causal-f32-gaussian-seed0"]
-    );
+    let cases = catalogue::cases();
+    assert_eq!(run.verdicts().len(), cases.len());
+    let these = |keep: fn(&Case) -> bool| -> BTreeSet<String> {
+        let kept = cases.iter().filter(|case| keep(case));
+        kept.map(Case::to_string).collect()
+    };
+    let told = |verdict| run.named(verdict).into_iter().collect::<BTreeSet<_>>();
+    // What makes no sense, and fewer query heads than ranks.
+    let refused = these(|case| case.extras.defect.is_some() || case.query_heads < case.world);
+    assert_eq!(told("refused"), refused);
+    let plain = these(|case| case.extras == Extras::default() && case.query_heads >= case.world);
+    assert!(plain.len() > 200);
+    assert!(plain.is_subset(&told("exact")), "{}", run.stdout);
 }
 
 #[test]
 fn torch_plain_is_right_where_it_claims_and_refuses_elsewhere() {
     let run = run("run --implementation torch-plain");
     assert_eq!(run.code, 0, "{}", run.stdout);
-    assert!(run.named("exact").len() > 100, "{}", run.stdout);
-    // One for each limit: uneven query heads, KV heads and sequence, and fewer
-    // query heads than ranks.
-    assert_eq!(run.named("refused").len(), 4, "{}", run.stdout);
+    assert!(run.named("exact").len() > 150, "{}", run.stdout);
+    // One for each limit: uneven query heads, KV heads and sequence, fewer
+    // query heads than ranks, and documents; the rest are bad questions.
+    let refused = run.named("refused");
+    let limits = refused.iter().filter(|name| !name.contains("bad:"));
+    assert_eq!(limits.count(), 5, "{}", run.stdout);
 }
 
 /// The names of the cases that failed in any way, with how and why.
@@ -49,59 +54,66 @@ fn failures(run: &Run) -> Vec<(String, String, String)> {
         .collect()
 }
 
+/// What failed and how: `crash attention/p2-..`.
+fn told(run: &Run) -> Vec<String> {
+    let failures = failures(run).into_iter();
+    failures
+        .map(|(verdict, name, _)| format!("{verdict} {name}"))
+        .collect()
+}
+
 /// In 0.19.8 neither class notices that ranks hold unequal numbers of tokens:
 /// gloo finds sizes that do not match and aborts the process. The first
 /// communication is the all_gather of position ids here
-/// (`runtime/sequence_parallel/ulysses_sp.py`, line 295).
+/// (`runtime/sequence_parallel/ulysses_sp.py`, line 295). It gathers them and
+/// does nothing with them around SDPA, so that packed documents see one
+/// another, without a word. And where it has replicated KV heads it leaves the
+/// model's `num_key_value_groups` changed (line 317), which evaluation around
+/// the exchange then stumbles over.
 #[test]
-fn deepspeed_ulysses_hf_is_right_but_for_uneven_sequences() {
+fn deepspeed_ulysses_hf_is_right_but_for_uneven_sequences_documents_and_evaluation() {
     let run = run("run --implementation deepspeed-ulysses-hf");
     assert_eq!(run.code, 1, "{}", run.stdout);
-    assert!(run.named("exact").len() > 100, "{}", run.stdout);
-    // Query heads and KV heads that the ranks do not divide, and fewer query
-    // heads than ranks.
-    assert_eq!(run.named("refused").len(), 3, "{}", run.stdout);
-    let failures = failures(&run);
-    let [(verdict, name, _)] = failures.as_slice() else {
-        panic!("{failures:?}")
-    };
-    assert_eq!(verdict, "crash");
+    assert!(run.named("exact").len() > 150, "{}", run.stdout);
     assert_eq!(
-        name,
-        "attention/p2-b1-s85-hq8-hkv8-d16-full-f32-peaked-seed0"
+        told(&run),
+        [
+            "fail attention/p1-b2-s60-hq8-hkv4-d16-causal-bf16-peaked-seed0-docs3",
+            "crash attention/p2-b1-s85-hq8-hkv8-d16-full-f32-peaked-seed0",
+            "fail attention/p4-b2-s60-hq4-hkv2-d16-causal-f16-peaked-seed0-evalbetween",
+        ]
     );
-    assert!(run.stdout.contains("gloo::EnforceNotMet"), "{}", run.stdout);
-    assert!(
-        run.stdout.contains("ulysses_sp.py\", line 295"),
-        "{}",
-        run.stdout
-    );
+    for trace in ["gloo::EnforceNotMet", "ulysses_sp.py\", line 295"] {
+        assert!(run.stdout.contains(trace), "{}", run.stdout);
+    }
 }
 
 /// Besides uneven sequences: where heads do not divide over the ranks, 0.19.8
 /// computes the sizes of its exchange as `int(ratio * size)` with a ratio of
 /// head counts in floating point (`sequence/layer.py`, lines 211 to 215), which
 /// comes out one too small for some sizes. The ranks with that many heads raise
-/// an error, and the others wait for them forever.
+/// an error, and the others wait for them forever. KV heads that do not divide
+/// the query heads abort at two ranks and are refused at others, by chance; that
+/// values lack a token is not seen anywhere (lines 553 to 558 look at queries
+/// and keys).
 #[test]
-fn deepspeed_distributed_attention_is_right_but_for_uneven_sequences_and_some_uneven_heads() {
+fn deepspeed_distributed_attention_is_right_but_for_uneven_sequences_and_unchecked_sizes() {
     let run = run("run --implementation deepspeed-distributed-attention");
     assert_eq!(run.code, 1, "{}", run.stdout);
-    assert!(run.named("exact").len() > 100, "{}", run.stdout);
-    // Fewer KV heads than ranks.
-    assert_eq!(run.named("refused").len(), 1, "{}", run.stdout);
-    let failures: Vec<_> = failures(&run)
-        .into_iter()
-        .map(|(verdict, name, _)| format!("{verdict} {name}"))
-        .collect();
+    assert!(run.named("exact").len() > 150, "{}", run.stdout);
     assert_eq!(
-        failures,
+        told(&run),
         [
+            "fail attention/p1-b2-s60-hq8-hkv4-d16-causal-f32-peaked-seed0-bad:values",
             "crash attention/p2-b1-s85-hq8-hkv8-d16-full-f32-peaked-seed0",
             "hang attention/p2-b1-s18-hq13-hkv13-d16-causal-f32-gaussian-seed0",
             "hang attention/p2-b1-s18-hq39-hkv13-d16-causal-f32-gaussian-seed0",
+            "crash attention/p2-b2-s60-hq8-hkv4-d16-causal-f32-peaked-seed0-bad:heads",
+            "fail attention/p2-b2-s60-hq8-hkv4-d16-causal-bf16-peaked-seed0-bad:values",
             "hang attention/p3-b1-s27-hq14-hkv14-d64-causal-f32-gaussian-seed0",
+            "fail attention/p3-b2-s60-hq6-hkv3-d16-causal-f16-peaked-seed0-bad:values",
             "hang attention/p4-b1-s28-hq13-hkv13-d80-causal-f32-gaussian-seed0",
+            "fail attention/p4-b2-s60-hq8-hkv4-d16-causal-f32-peaked-seed0-bad:values",
         ]
     );
     assert!(

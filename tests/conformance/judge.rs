@@ -2,66 +2,18 @@
 //! is.
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use fixtures::exchange::{AnswerInfo, AnswerStatus, Tensors};
-use fixtures::{Array, Case, Feature, Input, Inputs, sharding};
+mod answers;
+
+use answers::{judged, ok, right, said, shards, spoiled};
+use fixtures::exchange::AnswerStatus;
+use fixtures::{Array, Case, Feature};
 use rstest::rstest;
-use ulysses_conformance::implementation::{Collapse, Failure, RankAnswer};
-use ulysses_conformance::judge::{Due, Judgement, Verdict, judge, without_answer};
-use ulysses_conformance::oracle::{Answer, attention};
+use ulysses_conformance::implementation::{Collapse, Failure};
+use ulysses_conformance::judge::{Cause, Due, Place, Verdict, without_answer};
 
 const F32: &str = "attention/p2-b2-s36-hq4-hkv2-d16-causal-f32-gaussian-seed1";
 const BF16: &str = "attention/p4-b1-s52-hq8-hkv2-d64-causal-bf16-peaked-seed1";
 const F16: &str = "attention/p3-b1-s51-hq6-hkv1-d16-full-f16-gaussian-seed1";
-
-/// The oracle's own answer, before it is rounded, for a test to spoil.
-fn right(case: &Case) -> Answer<Vec<f64>> {
-    attention(case, &Inputs::of(case)).unwrap()
-}
-
-fn shards(case: &Case, answer: &Answer<Vec<f64>>) -> Vec<Tensors> {
-    let runs = sharding::contiguous(case.sequence, case.world);
-    let mut shards = vec![Tensors::new(); case.world];
-    let likes = [Input::Query, Input::Query, Input::Key, Input::Value];
-    let names = ["out", "dq", "dk", "dv"];
-    for ((name, like), values) in names.iter().zip(likes).zip(answer.tensors()) {
-        let shape = [case.batch, case.sequence, like.heads(case), case.head_size];
-        let whole = Array::from_f64(case.dtype, &shape, values);
-        for (shard, tensors) in sharding::cut(&whole, &runs).into_iter().zip(&mut shards) {
-            tensors.insert((*name).to_owned(), shard);
-        }
-    }
-    shards
-}
-
-fn info(status: AnswerStatus, message: &str) -> AnswerInfo {
-    AnswerInfo {
-        status,
-        message: message.to_owned(),
-        elapsed_s: 0.0,
-        peak_memory_bytes: None,
-        bytes_sent: None,
-    }
-}
-
-fn ok(shards: Vec<Tensors>) -> Vec<RankAnswer> {
-    let answer = |tensors| Ok((info(AnswerStatus::Ok, ""), tensors));
-    shards.into_iter().map(answer).collect()
-}
-
-fn said(status: AnswerStatus, message: &str) -> RankAnswer {
-    Ok((info(status, message), Tensors::new()))
-}
-
-fn judged(case: &Case, due: Due, answers: Vec<RankAnswer>) -> Judgement {
-    judge(case, &Inputs::of(case), due, &answers)
-}
-
-/// Judges the right answer, spoiled.
-fn spoiled(case: &Case, spoil: impl Fn(&mut Answer<Vec<f64>>)) -> Judgement {
-    let mut answer = right(case);
-    spoil(&mut answer);
-    judged(case, Due::Answer, ok(shards(case, &answer)))
-}
 
 #[rstest]
 fn the_oracles_answer_rounded_once_passes(#[values(F32, BF16, F16)] name: &str) {
@@ -106,8 +58,8 @@ fn one_zeroed_row_fails_and_is_told_by_its_place(#[values(F32, BF16, F16)] name:
         let judgement = spoiled(&case, |answer| answer.dv[spoil.clone()].fill(0.0));
         assert_eq!(judgement.verdict, Verdict::Fail, "token {token}");
         let worst = judgement.comparison.unwrap().tensors[3].worst.unwrap();
-        let place = (worst.batch, worst.token, worst.head);
-        assert_eq!(place, (0, token, case.kv_heads - 1));
+        let (batch, head) = (0, case.kv_heads - 1);
+        assert_eq!(worst.place, Place::Token { batch, token, head });
     }
 }
 
@@ -210,14 +162,14 @@ fn a_missing_tensor_fails_by_name() {
 #[case::due(
     AnswerStatus::Error,
     "no",
-    Due::Refusal(Feature::Batch),
+    Due::Refusal(Cause::Unclaimed(Feature::Batch)),
     Verdict::Refused,
     "rank 0: no"
 )]
 #[case::wordless(
     AnswerStatus::Error,
     " ",
-    Due::Refusal(Feature::Batch),
+    Due::Refusal(Cause::Unclaimed(Feature::Batch)),
     Verdict::Fail,
     "rank 0 refused without a word"
 )]
@@ -249,7 +201,7 @@ fn what_every_rank_says_decides(
 #[test]
 fn ranks_that_disagree_whether_to_answer_fail() {
     let case: Case = F32.parse().unwrap();
-    for due in [Due::Answer, Due::Refusal(Feature::Batch)] {
+    for due in [Due::Answer, Due::Refusal(Cause::Unclaimed(Feature::Batch))] {
         let mut answers = ok(shards(&case, &right(&case)));
         answers[1] = said(AnswerStatus::Error, "boom");
         let judgement = judged(&case, due, answers);
@@ -261,7 +213,7 @@ fn ranks_that_disagree_whether_to_answer_fail() {
 #[test]
 fn a_wrong_answer_beyond_the_claim_fails_and_a_right_one_passes() {
     let case: Case = F32.parse().unwrap();
-    let due = Due::Refusal(Feature::GroupedKv);
+    let due = Due::Refusal(Cause::Unclaimed(Feature::GroupedKv));
     let mut answer = right(&case);
     let judgement = judged(&case, due, ok(shards(&case, &answer)));
     assert_eq!(judgement.verdict, Verdict::Pass);

@@ -228,7 +228,8 @@ fn gradients_over_the_number_of_ranks_fail_at_more_than_one() {
         match verdict.as_str() {
             "fail" => {
                 assert!(!alone, "{name}");
-                assert_eq!(why, "dq, dk and dv are wrong", "{name}");
+                // Of a case that is asked in turn with others, the first time.
+                assert!(why.ends_with("dq, dk and dv are wrong"), "{name}: {why}");
                 failures += 1;
             }
             "exact" | "pass" => assert!(alone, "{name}"),
@@ -268,8 +269,9 @@ fn a_rank_killed_in_the_middle_of_a_run_costs_its_case_alone() {
     let run: Run = judge.wait_with_output().unwrap().into();
     assert_eq!(run.code, 1);
     assert_eq!(run.named("crash").len(), 1, "{}", run.stderr);
+    let right = ["exact", "pass", "refused"].map(|verdict| run.named(verdict).len());
     assert_eq!(
-        run.named("exact").len(),
+        right.iter().sum::<usize>(),
         run.verdicts().len() - 1,
         "{}",
         run.stderr

@@ -89,8 +89,31 @@ fn what_rust_writes_is_valid() {
 }
 
 #[rstest]
+#[case::plain("p1-b2-s6-hq4-hkv2-d16-causal-f32-gaussian-seed18446744073709551615")]
+#[case::all(
+    "p2-b2-s8-hq4-hkv2-d16-full-bf16-onehot-seed0-dv9-zigzag-window3-ends2-padleft-blocks4\
+     -alibi-sinks-norms-mrope-softcap5-scale7-dropout25-transposed-recompute-fixed"
+)]
+#[case::cross("p2-b2-s6-hq4-hkv2-d16-full-f64-peaked-seed0-cross9-striped-expanded-debug3")]
+#[case::eval("p3-b1-s2-hq4-hkv2-d16-causal-f16-peaked-seed0-eval-docs2-rope")]
+#[case::bad_window("p2-b1-s6-hq4-hkv2-d16-causal-f32-peaked-seed0-window3-bad:window")]
+#[case::bad_softcap("p2-b1-s6-hq4-hkv2-d16-causal-f32-peaked-seed0-softcap3-bad:softcap")]
+#[case::bad_dropout("p2-b1-s6-hq4-hkv2-d16-causal-f32-onehot-seed0-dropout3-bad:dropout")]
+#[case::bad_length("p2-b1-s6-hq4-hkv2-d16-causal-f32-peaked-seed0-fixed-bad:length")]
+#[case::bad_layers("p2-b1-s6-hq4-hkv2-d16-causal-f32-peaked-seed0-debug3-bad:layers")]
+fn every_part_of_a_case_is_valid(#[case] name: &str) {
+    let case: Case = format!("attention/{name}").parse().unwrap();
+    for (info, _) in exchange::shards(&case, &Inputs::of(&case), 0) {
+        assert_valid("case", &json!(info));
+    }
+}
+
+#[rstest]
 #[case::missing("session", json!(session_info()), "world", Value::Null)]
 #[case::negative("case", json!(case_info()), "batch", json!(0))]
+#[case::sharding("case", json!(case_info()), "sharding", json!("random"))]
+#[case::rotary("case", json!(case_info()), "rotary", json!({"base": 4.0, "sections": [1, 2]}))]
+#[case::untold("case", json!(case_info()), "window", json!("none"))]
 #[case::unknown("answer", json!(answer_info(AnswerStatus::Ok)), "status", json!("fine"))]
 #[case::more("answer", json!(answer_info(AnswerStatus::Ok)), "mood", json!("good"))]
 fn what_is_not_of_the_schema_is_seen(

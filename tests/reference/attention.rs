@@ -7,7 +7,7 @@ mod world;
 use approx::assert_relative_eq;
 use rstest::rstest;
 use tch::{Kind, Tensor};
-use ulysses::{HeadPartition, Kernel, Mask, Options, UlyssesAttention};
+use ulysses::{HeadPartition, Kernel, Mask, Options, Score, UlyssesAttention};
 use world::{Inputs, gradients, leaf, on_ranks, shard, uneven_shards};
 
 const TOKENS: usize = 13;
@@ -79,7 +79,10 @@ fn sdpa_has_the_bits_of_one_process(
 ) {
     tch::set_num_threads(1);
     let options = Options {
-        mask,
+        score: Score {
+            mask,
+            ..Score::default()
+        },
         uneven_heads: true,
         ..Options::default()
     };
@@ -110,7 +113,10 @@ fn longer_sequences_have_the_bits_of_one_process_too(
 ) {
     tch::set_num_threads(1);
     let options = Options {
-        mask: Mask::Causal,
+        score: Score {
+            mask: Mask::Causal,
+            ..Score::default()
+        },
         ..Options::default()
     };
     let got = ulysses_of_length(tokens, 2, 1, GROUPED, kind, options);
@@ -127,10 +133,14 @@ fn eager_agrees_with_sdpa_in_float64(
 ) {
     let [eager, sdpa] = [Kernel::Eager, Kernel::Sdpa].map(|kernel| {
         let options = Options {
+            score: Score {
+                mask,
+                scale,
+                ..Score::default()
+            },
             kernel,
-            mask,
-            scale,
             uneven_heads: true,
+            ..Options::default()
         };
         ulysses(ranks, 2, heads, Kind::Double, options)
     });
@@ -146,8 +156,11 @@ fn eager_does_not_depend_on_the_number_of_ranks(
     #[values(MULTI_HEAD, MULTI_QUERY)] heads: (i64, i64),
 ) {
     let options = Options {
+        score: Score {
+            mask: Mask::Causal,
+            ..Score::default()
+        },
         kernel: Kernel::Eager,
-        mask: Mask::Causal,
         uneven_heads: true,
         ..Options::default()
     };
@@ -166,8 +179,11 @@ fn the_scale_is_one_over_the_root_of_the_head_size_by_default(
 ) {
     let [without, with, other] = [None, Some(0.25), Some(0.5)].map(|scale| {
         let options = Options {
+            score: Score {
+                scale,
+                ..Score::default()
+            },
             kernel,
-            scale,
             ..Options::default()
         };
         ulysses(2, 1, MULTI_HEAD, Kind::Double, options)

@@ -12,8 +12,8 @@ use std::{
 };
 use tch::{Device, Kind, Tensor};
 use ulysses::{
-    Communicator, CommunicatorError, Error, Exchange, HeadPartition, Options, ThreadCommunicator,
-    UlyssesAttention,
+    Communicator, CommunicatorError, Error, Exchange, HeadPartition, Options, Sharding,
+    ThreadCommunicator, TokenPartition, UlyssesAttention,
 };
 use world::{TIME_LIMIT, leaf, noise};
 
@@ -73,13 +73,13 @@ fn a_rank_that_leaves_before_the_agreement_is_named(
 
 #[test]
 fn a_rank_that_leaves_between_the_agreement_and_the_exchange_is_named() {
-    // Words that describe the call the others make, and then nothing.
+    // The gather of an agreement, and then nothing.
     let deserter = |end: ThreadCommunicator| {
-        let words = end.all_gather(&[0; 29]).unwrap();
+        let words = end.all_gather(&[0; 3]).unwrap();
         drop((words, end));
     };
     let results = others(deserter, |end| {
-        let words = end.all_gather(&[0; 29]);
+        let words = end.all_gather(&[0; 3]);
         words.and_then(|_| end.all_to_all(&[vec![], vec![], vec![]], &[vec![], vec![], vec![]]))
     });
     for result in results {
@@ -115,7 +115,8 @@ fn a_rank_that_leaves_before_backward_is_named_in_the_error_of_backward() {
 fn a_rank_that_fails_on_its_own_tells_the_others_why() {
     let exchange = |end: ThreadCommunicator, head_size: i64, tokens: i64| {
         let heads = HeadPartition::new(3, 3, 3).unwrap();
-        let exchange = Exchange::new(Arc::new(end), vec![2; 3], heads).unwrap();
+        let shards = TokenPartition::new(Sharding::Contiguous, &[2; 3]).unwrap();
+        let exchange = Exchange::new(Arc::new(end), shards, heads).unwrap();
         let x = noise(1, [1, tokens, 3, head_size], Kind::Float);
         exchange.sequence_to_heads(&x, &x, &x).map(|_| ())
     };

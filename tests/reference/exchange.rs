@@ -7,29 +7,68 @@ mod world;
 use proptest::prelude::*;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
-use ulysses::{Communicator, Exchange, HeadPartition};
-use world::{integers, leaf, on_ranks, shard};
+use ulysses::{Communicator, Exchange, HeadPartition, Sharding, TokenPartition};
+use world::{integers, leaf, on_ranks, pick};
 
 #[derive(Debug, Clone)]
 struct Shape {
     batch: i64,
-    tokens: Vec<usize>,
+    /// The tokens of each rank, by their place in the whole sequence.
+    places: Vec<Vec<i64>>,
+    sharding: Sharding,
     query_heads: i64,
     kv_heads: i64,
     head_size: i64,
+    value_size: i64,
+}
+
+/// The places of contiguous shards of these lengths.
+fn contiguous(lengths: &[usize]) -> Vec<Vec<i64>> {
+    let mut next = 0..;
+    let shard = |&length: &usize| next.by_ref().take(length).collect();
+    lengths.iter().map(shard).collect()
+}
+
+/// Places as the words of [`Sharding`] have it, counted out one by one.
+fn dealt(sharding: Sharding, tokens: usize, ranks: usize) -> Vec<Vec<i64>> {
+    let mut places = vec![Vec::new(); ranks];
+    match sharding {
+        Sharding::Contiguous => unreachable!(),
+        Sharding::Striped => (0..tokens).for_each(|t| places[t % ranks].push(t as i64)),
+        Sharding::Zigzag => {
+            let lengths: Vec<usize> = (0..2 * ranks)
+                .map(|run| (run..tokens).step_by(2 * ranks).count())
+                .collect();
+            for (run, held) in contiguous(&lengths).into_iter().enumerate() {
+                places[run.min(2 * ranks - 1 - run)].extend(held);
+            }
+        }
+    }
+    places
 }
 
 impl Shape {
     fn ranks(&self) -> usize {
-        self.tokens.len()
+        self.places.len()
     }
 
     fn all_tokens(&self) -> i64 {
-        self.tokens.iter().sum::<usize>() as i64
+        self.places.concat().len() as i64
     }
 
-    fn size(&self, heads: i64) -> [i64; 4] {
-        [self.batch, self.all_tokens(), heads, self.head_size]
+    /// Of query, key and value.
+    fn sizes(&self) -> [[i64; 4]; 3] {
+        [
+            (self.query_heads, self.head_size),
+            (self.kv_heads, self.head_size),
+            (self.kv_heads, self.value_size),
+        ]
+        .map(|(heads, size)| [self.batch, self.all_tokens(), heads, size])
+    }
+
+    /// The shard of `rank` of a tensor [B, S, H, D].
+    fn shard(&self, tensor: &Tensor, rank: usize) -> Tensor {
+        pick(tensor, &self.places[rank])
     }
 
     fn heads(&self) -> HeadPartition {
@@ -38,40 +77,59 @@ impl Shape {
     }
 
     fn exchange(&self, communicator: &Arc<dyn Communicator>) -> Exchange {
-        Exchange::new(Arc::clone(communicator), self.tokens.clone(), self.heads()).unwrap()
+        let lengths: Vec<usize> = self.places.iter().map(Vec::len).collect();
+        let tokens = TokenPartition::new(self.sharding, &lengths).unwrap();
+        Exchange::new(Arc::clone(communicator), tokens, self.heads()).unwrap()
     }
 }
 
 fn shapes() -> impl Strategy<Value = Shape> {
     (
-        prop::collection::vec(1..=5usize, 1..=4),
-        1..=3i64,
-        1..=3i64,
-        1..=4i64,
-        1..=3i64,
+        all_places(),
+        (1..=3i64, 1..=3i64, 1..=4i64),
+        (1..=3i64, 1..=3i64),
     )
-        .prop_filter("a query head for each rank", |(tokens, _, kv, group, _)| {
-            kv * group >= tokens.len() as i64
-        })
-        .prop_map(|(tokens, batch, kv_heads, group, head_size)| Shape {
-            batch,
-            tokens,
-            query_heads: kv_heads * group,
-            kv_heads,
-            head_size,
-        })
+        .prop_filter(
+            "a query head for each rank",
+            |((places, _), (_, kv, group), _)| kv * group >= places.len() as i64,
+        )
+        .prop_map(
+            |((places, sharding), (batch, kv_heads, group), sizes)| Shape {
+                batch,
+                places,
+                sharding,
+                query_heads: kv_heads * group,
+                kv_heads,
+                head_size: sizes.0,
+                value_size: sizes.1,
+            },
+        )
 }
 
-/// The number of element [b, t, h, d] of a tensor of `heads` heads: unlike
-/// that of any other element of the three tensors.
-fn code(shape: &Shape, tensor: i64, heads: i64, [b, t, h, d]: [i64; 4]) -> f64 {
-    let position = ((b * shape.all_tokens() + t) * heads + h) * shape.head_size + d;
-    (tensor * 1_000_000 + position) as f64
+fn all_places() -> impl Strategy<Value = (Vec<Vec<i64>>, Sharding)> {
+    let lengths = prop::collection::vec(0..=5usize, 1..=4);
+    let dealt = |sharding| {
+        let places = move |(tokens, ranks)| (dealt(sharding, tokens, ranks), sharding);
+        (1..=20usize, 1..=4usize).prop_map(places)
+    };
+    prop_oneof![
+        lengths
+            .prop_filter("a token", |lengths| lengths.iter().sum::<usize>() > 0)
+            .prop_map(|lengths| (contiguous(&lengths), Sharding::Contiguous)),
+        dealt(Sharding::Zigzag),
+        dealt(Sharding::Striped),
+    ]
 }
 
-fn coded(shape: &Shape, tensor: i64, heads: i64) -> Tensor {
-    let size = shape.size(heads);
-    let first = code(shape, tensor, heads, [0; 4]) as i64;
+/// The number of element [b, t, h, d] of a tensor of this size: unlike that of
+/// any other element of the three tensors.
+fn code(tensor: usize, size: [i64; 4], [b, t, h, d]: [i64; 4]) -> f64 {
+    let position = ((b * size[1] + t) * size[2] + h) * size[3] + d;
+    (tensor as i64 * 1_000_000 + position) as f64
+}
+
+fn coded(tensor: usize, size: [i64; 4]) -> Tensor {
+    let first = code(tensor, size, [0; 4]) as i64;
     let count: i64 = size.iter().product();
     Tensor::arange_start(first, first + count, (Kind::Double, tch::Device::Cpu)).view(size)
 }
@@ -93,21 +151,21 @@ proptest! {
         on_ranks(shape.ranks(), |communicator| {
             let (rank, heads) = (communicator.rank(), shape.heads());
             let exchange = shape.exchange(&communicator);
-            let all_heads = [shape.query_heads, shape.kv_heads, shape.kv_heads];
-            let global = [0, 1, 2].map(|i| coded(shape, i as i64, all_heads[i]));
-            let [q, k, v] = [0, 1, 2].map(|i| shard(&global[i], &shape.tokens, rank));
+            let sizes = shape.sizes();
+            let global = [0, 1, 2].map(|i| coded(i, sizes[i]));
+            let [q, k, v] = global.each_ref().map(|tensor| shape.shard(tensor, rank));
             let (q, k, v) = exchange.sequence_to_heads(&q, &k, &v).unwrap();
             let ranges =
                 [heads.query_range(rank), heads.kv_range(rank), heads.kv_range(rank)];
             for (i, (got, range)) in [&q, &k, &v].into_iter().zip(ranges).enumerate() {
-                let (count, tokens) = (range.len() as i64, shape.all_tokens());
-                assert_eq!(got.size(), [shape.batch, count, tokens, shape.head_size]);
-                for b in 0..shape.batch {
+                let [batch, tokens, _, head_size] = sizes[i];
+                let count = range.len() as i64;
+                assert_eq!(got.size(), [batch, count, tokens, head_size]);
+                for b in 0..batch {
                     for h in 0..count {
                         for t in 0..tokens {
-                            for d in 0..shape.head_size {
-                                let head = range.start as i64 + h;
-                                let due = code(shape, i as i64, all_heads[i], [b, t, head, d]);
+                            for d in 0..head_size {
+                                let due = code(i, sizes[i], [b, t, range.start as i64 + h, d]);
                                 assert_eq!(got.double_value(&[b, h, t, d]), due);
                             }
                         }
@@ -116,7 +174,7 @@ proptest! {
             }
             // And the query heads go back to where they came from.
             let back = exchange.heads_to_sequence(&q).unwrap();
-            assert_eq!(back, shard(&global[0], &shape.tokens, rank));
+            assert_eq!(back, shape.shard(&global[0], rank));
         });
     }
 
@@ -127,9 +185,9 @@ proptest! {
         let products = on_ranks(shape.ranks(), |communicator| {
             let rank = communicator.rank();
             let exchange = shape.exchange(&communicator);
-            let all_heads = [shape.query_heads, shape.kv_heads, shape.kv_heads];
+            let sizes = shape.sizes();
             let x: [Tensor; 3] = std::array::from_fn(|i| {
-                leaf(&shard(&integers(i as u64, shape.size(all_heads[i])), &shape.tokens, rank))
+                leaf(&shape.shard(&integers(i as u64, sizes[i]), rank))
             });
             let (q, k, v) = exchange.sequence_to_heads(&x[0], &x[1], &x[2]).unwrap();
             let forward: Tensor = [q, k, v]
@@ -156,10 +214,11 @@ proptest! {
         let products = on_ranks(shape.ranks(), |communicator| {
             let rank = communicator.rank();
             let own = shape.heads().query_range(rank);
-            let heads_first = integers(1, shape.size(shape.query_heads)).transpose(1, 2);
+            let size = shape.sizes()[0];
+            let heads_first = integers(1, size).transpose(1, 2);
             let x = leaf(&heads_first.narrow(1, own.start as i64, own.len() as i64));
             let ax = shape.exchange(&communicator).heads_to_sequence(&x).unwrap();
-            let y = shard(&integers(2, shape.size(shape.query_heads)), &shape.tokens, rank);
+            let y = shape.shard(&integers(2, size), rank);
             let forward = (ax * y).sum(Kind::Double);
             let adjoint = Tensor::run_backward(&[&forward], &[&x], false, false);
             (forward.double_value(&[]), (x * &adjoint[0]).sum(Kind::Double).double_value(&[]))
@@ -174,21 +233,20 @@ proptest! {
 fn inputs_of_any_strides_are_exchanged_alike() {
     let shape = Shape {
         batch: 2,
-        tokens: vec![2, 3],
+        places: contiguous(&[2, 3]),
+        sharding: Sharding::Contiguous,
         query_heads: 4,
         kv_heads: 2,
         head_size: 3,
+        value_size: 5,
     };
     on_ranks(2, |communicator| {
         let exchange = shape.exchange(&communicator);
         let rank = communicator.rank();
-        let plain = [4, 2, 2].map(|heads| {
-            shard(
-                &integers(heads as u64, shape.size(heads)),
-                &shape.tokens,
-                rank,
-            )
-            .contiguous()
+        let plain = shape.sizes().map(|size| {
+            shape
+                .shard(&integers(size[3] as u64, size), rank)
+                .contiguous()
         });
         let strided = plain
             .each_ref()
@@ -204,13 +262,15 @@ fn inputs_of_any_strides_are_exchanged_alike() {
 fn without_a_second_rank_nothing_is_copied() {
     let shape = Shape {
         batch: 1,
-        tokens: vec![4],
+        places: contiguous(&[4]),
+        sharding: Sharding::Contiguous,
         query_heads: 2,
         kv_heads: 2,
         head_size: 3,
+        value_size: 3,
     };
     on_ranks(1, |communicator| {
-        let x = integers(1, shape.size(2));
+        let x = integers(1, shape.sizes()[0]);
         let (q, _, _) = shape
             .exchange(&communicator)
             .sequence_to_heads(&x, &x, &x)
@@ -223,8 +283,11 @@ fn without_a_second_rank_nothing_is_copied() {
 fn a_description_of_other_ranks_is_refused() {
     on_ranks(1, |communicator| {
         let heads = HeadPartition::new(4, 4, 2).unwrap();
-        let tokens = |count| Exchange::new(Arc::clone(&communicator), vec![1; count], heads);
-        let text = |count| tokens(count).err().unwrap().to_string();
+        let text = |count| {
+            let tokens = TokenPartition::new(Sharding::Contiguous, &vec![1; count]).unwrap();
+            let exchange = Exchange::new(Arc::clone(&communicator), tokens, heads);
+            exchange.err().unwrap().to_string()
+        };
         assert_eq!(
             text(2),
             "`tokens` is for 2 ranks, but the communicator has 1; describe every rank once"
@@ -242,10 +305,12 @@ fn a_description_of_other_ranks_is_refused() {
 fn cotangents_of_a_replicated_head_are_summed_before_they_are_rounded() {
     let shape = Shape {
         batch: 1,
-        tokens: vec![1; 3],
+        places: contiguous(&[1; 3]),
+        sharding: Sharding::Contiguous,
         query_heads: 3,
         kv_heads: 1,
         head_size: 1,
+        value_size: 1,
     };
     on_ranks(3, |communicator| {
         let exchange = shape.exchange(&communicator);
@@ -262,5 +327,34 @@ fn cotangents_of_a_replicated_head_are_summed_before_they_are_rounded() {
             of(3, 0.0),
             "no use of the query, no cotangent"
         );
+    });
+}
+
+/// Peers read what a rank sends where it lies: the exchange is not over for
+/// that rank before they have.
+#[test]
+fn what_was_sent_may_be_overwritten_at_once() {
+    on_ranks(2, |communicator| {
+        let peer = 1 - communicator.rank();
+        let own = Tensor::zeros([1 << 18], (Kind::Float, tch::Device::Cpu));
+        let got = own.zeros_like();
+        let blocks = |block: &Tensor| -> Vec<Vec<Tensor>> {
+            let list = |rank| (rank == peer).then(|| block.shallow_clone());
+            (0..2)
+                .map(|rank| list(rank).into_iter().collect())
+                .collect()
+        };
+        for round in 1..=50 {
+            let _ = own.shallow_clone().fill_(round);
+            // One rank is late to read, by turns.
+            if round % 2 == peer as i64 {
+                let _ = got.shallow_clone().fill_(-1);
+            }
+            communicator
+                .all_to_all(&blocks(&own), &blocks(&got))
+                .unwrap();
+            let _ = own.shallow_clone().fill_(-1);
+            assert_eq!((got.min(), got.max()), (round.into(), round.into()));
+        }
     });
 }

@@ -6,61 +6,168 @@ mod world;
 
 use rstest::rstest;
 use std::sync::Arc;
-use tch::{Kind, Tensor};
-use ulysses::{CountingCommunicator, Options, Traffic, UlyssesAttention};
+use tch::{Device, Kind, Tensor};
+use ulysses::{
+    Call, CountingCommunicator, Documents, Mask, Options, Score, Traffic, UlyssesAttention,
+    cross_attention,
+};
 use world::{leaf, noise, on_ranks};
 
-const BATCH: i64 = 2;
-const SHARD: i64 = 3;
-const HEAD_SIZE: i64 = 8;
+const BATCH: u64 = 2;
+const HEAD_SIZE: u64 = 8;
+/// One description of the call, in words.
+const AGREEMENT: u64 = 99 * 8;
+
+/// What one attention hands over, by counts that are written out.
+struct Load<'a> {
+    kind: Kind,
+    value_size: u64,
+    /// Of each rank, here and below.
+    tokens: &'a [u64],
+    query_heads: &'a [u64],
+    /// With every copy of a replicated head.
+    kv_heads: &'a [u64],
+    /// All KV heads, each once.
+    distinct_kv_heads: u64,
+}
+
+impl Load<'_> {
+    fn bytes(&self, elements: u64) -> u64 {
+        elements * self.kind.elt_size_in_bytes() as u64 * BATCH
+    }
+
+    /// Elements that query, key and value of one token and the heads of `rank`
+    /// have.
+    fn token(&self, rank: usize) -> u64 {
+        self.query_heads[rank] * HEAD_SIZE + self.kv_heads[rank] * (HEAD_SIZE + self.value_size)
+    }
+
+    fn sum(of_ranks: impl Iterator<Item = u64>) -> u64 {
+        of_ranks.sum()
+    }
+
+    /// The tokens of `rank`, to the heads of all ranks; its own go nowhere.
+    fn sequence_to_heads(&self, rank: usize) -> (u64, u64) {
+        let (tokens, ranks) = (self.tokens[rank], 0..self.tokens.len());
+        let all = tokens * Self::sum(ranks.map(|peer| self.token(peer)));
+        (self.bytes(all), self.bytes(all - tokens * self.token(rank)))
+    }
+
+    /// The output of the heads of `rank`, to the tokens of all ranks.
+    fn heads_to_sequence(&self, rank: usize) -> (u64, u64) {
+        let output = self.query_heads[rank] * self.value_size;
+        let all: u64 = self.tokens.iter().sum();
+        let bytes = |tokens| self.bytes(output * tokens);
+        (bytes(all), bytes(all - self.tokens[rank]))
+    }
+
+    /// The way back of [`sequence_to_heads`](Self::sequence_to_heads).
+    fn heads_to_sequence_of_all(&self, rank: usize) -> (u64, u64) {
+        let all: u64 = self.tokens.iter().sum();
+        let bytes = |tokens| self.bytes(self.token(rank) * tokens);
+        (bytes(all), bytes(all - self.tokens[rank]))
+    }
+
+    /// The way back of [`heads_to_sequence`](Self::heads_to_sequence).
+    fn sequence_to_heads_of_output(&self, rank: usize) -> (u64, u64) {
+        let all = Self::sum(self.query_heads.iter().copied());
+        let bytes = |heads| self.bytes(self.tokens[rank] * heads * self.value_size);
+        (bytes(all), bytes(all - self.query_heads[rank]))
+    }
+
+    /// What `rank` hands over forward, and backward.
+    fn traffic(&self, rank: usize) -> [Traffic; 2] {
+        let both = |(first, first_off), (second, second_off)| match self.tokens.len() {
+            1 => Traffic::default(),
+            _ => Traffic {
+                all_to_all_calls: 2,
+                all_to_all_bytes: first + second,
+                off_rank_bytes: first_off + second_off,
+                ..Traffic::default()
+            },
+        };
+        [
+            both(self.sequence_to_heads(rank), self.heads_to_sequence(rank)),
+            both(
+                self.sequence_to_heads_of_output(rank),
+                self.heads_to_sequence_of_all(rank),
+            ),
+        ]
+    }
+}
+
+/// The formula for even shares: b B (S/P) D (2 Hq + 2 r Hkv) bytes are handed
+/// over, of which (P - 1) / P leave the rank.
+fn even(load: &Load<'_>) -> (u64, u64) {
+    let ranks = load.tokens.len() as u64;
+    let query_heads = Load::sum(load.query_heads.iter().copied());
+    let copies = Load::sum(load.kv_heads.iter().copied());
+    let bytes = load.bytes(load.tokens[0] * HEAD_SIZE * (2 * query_heads + 2 * copies));
+    (bytes, bytes / ranks * (ranks - 1))
+}
 
 #[rstest]
-#[case::multi_head(1, 4, 4, Kind::Float)]
-#[case::multi_head(2, 4, 4, Kind::Float)]
-#[case::multi_head(4, 8, 8, Kind::Double)]
-#[case::grouped(2, 8, 4, Kind::BFloat16)]
-#[case::grouped_replicated(4, 8, 2, Kind::Half)]
-#[case::multi_query(3, 6, 1, Kind::Float)]
+#[case::alone(Kind::Float, 8, &[3], &[4], &[4], 4)]
+#[case::multi_head(Kind::Float, 8, &[3, 3], &[2, 2], &[2, 2], 4)]
+#[case::multi_head(Kind::Double, 8, &[3; 4], &[2; 4], &[2; 4], 8)]
+#[case::grouped(Kind::BFloat16, 8, &[3, 3], &[4, 4], &[2, 2], 4)]
+#[case::replicated(Kind::Half, 8, &[3; 4], &[2; 4], &[1; 4], 2)]
+#[case::multi_query(Kind::Float, 8, &[3; 3], &[2; 3], &[1; 3], 1)]
+#[case::uneven_tokens(Kind::Float, 8, &[5, 0, 2], &[1; 3], &[1; 3], 3)]
+#[case::uneven_heads(Kind::Float, 8, &[3, 3], &[4, 3], &[4, 3], 7)]
+#[case::replicated_in_part(Kind::Float, 8, &[2, 3, 4], &[3, 3, 2], &[2, 2, 1], 4)]
+#[case::replicated_in_part(Kind::Float, 8, &[2, 1, 3, 4], &[2, 2, 1, 1], &[1, 1, 1, 1], 3)]
+#[case::other_value_size(Kind::Float, 5, &[2, 3], &[2, 2], &[1, 1], 2)]
 fn forward_and_backward_move_what_they_must(
-    #[case] ranks: usize,
-    #[case] query_heads: i64,
-    #[case] kv_heads: i64,
     #[case] kind: Kind,
+    #[case] value_size: u64,
+    #[case] tokens: &[u64],
+    #[case] query_heads: &[u64],
+    #[case] kv_heads: &[u64],
+    #[case] distinct_kv_heads: u64,
 ) {
-    // Each KV head goes to this many ranks.
-    let replication = (ranks as i64 / kv_heads).max(1);
-    let heads = 2 * query_heads + 2 * replication * kv_heads;
-    let buffer = kind.elt_size_in_bytes() as u64 * (BATCH * SHARD * HEAD_SIZE * heads) as u64;
-    let due = match ranks {
-        1 => Traffic::default(),
-        _ => Traffic {
-            all_to_all_calls: 2,
-            all_to_all_bytes: buffer,
-            off_rank_bytes: buffer / ranks as u64 * (ranks as u64 - 1),
-            ..Traffic::default()
-        },
+    let load = Load {
+        kind,
+        value_size,
+        tokens,
+        query_heads,
+        kv_heads,
+        distinct_kv_heads,
     };
-    on_ranks(ranks, |communicator| {
+    on_ranks(tokens.len(), |communicator| {
+        let rank = communicator.rank();
+        let [due_forward, due_backward] = load.traffic(rank);
+        let shares = |of_ranks: &[u64]| of_ranks.iter().all(|share| *share == of_ranks[0]);
+        if tokens.len() > 1 && value_size == HEAD_SIZE && shares(tokens) && shares(query_heads) {
+            let formula = (due_forward.all_to_all_bytes, due_forward.off_rank_bytes);
+            assert_eq!(formula, even(&load));
+        }
+
         let counter = Arc::new(CountingCommunicator::new(communicator));
-        let attention = UlyssesAttention::new(counter.clone(), Options::default());
-        let query = leaf(&noise(1, [BATCH, SHARD, query_heads, HEAD_SIZE], kind));
-        let kv = leaf(&noise(2, [BATCH, SHARD, kv_heads, HEAD_SIZE], kind));
-        let output = attention.forward(&query, &kv, &kv).unwrap();
-        let forward = counter.traffic();
-        let agreement = (forward.all_gather_calls, forward.all_gather_bytes);
-        assert_eq!(agreement, (1, 29 * 8), "one description of the call");
-        assert_eq!(
-            Traffic {
-                all_gather_calls: 0,
-                all_gather_bytes: 0,
-                ..forward
-            },
-            due
-        );
+        let options = Options {
+            uneven_heads: true,
+            ..Options::default()
+        };
+        let attention = UlyssesAttention::new(counter.clone(), options);
+        let of = |seed, heads: u64, size: u64| {
+            let size = [BATCH, tokens[rank], heads, size].map(|length| length as i64);
+            leaf(&noise(seed, size, kind))
+        };
+        let query = of(1, Load::sum(query_heads.iter().copied()), HEAD_SIZE);
+        let key = of(2, load.distinct_kv_heads, HEAD_SIZE);
+        let value = of(3, load.distinct_kv_heads, value_size);
+        let output = attention.forward(&query, &key, &value).unwrap();
+        let agreement = Traffic {
+            all_gather_calls: 1,
+            all_gather_bytes: AGREEMENT,
+            ..due_forward
+        };
+        assert_eq!(counter.traffic(), agreement, "forward");
 
         counter.reset();
-        let _ = Tensor::run_backward(&[output.sum(kind)], &[&query, &kv], false, false);
-        assert_eq!(counter.traffic(), due, "backward");
+        let leaves = [&query, &key, &value];
+        let _ = Tensor::run_backward(&[output.sum(kind)], &leaves, false, false);
+        assert_eq!(counter.traffic(), due_backward, "backward");
     });
 }
 
@@ -71,12 +178,86 @@ fn a_refused_call_moves_no_data() {
         let attention = UlyssesAttention::new(counter.clone(), Options::default());
         let x = noise(1, [1, 2, 3, 4], Kind::Float);
         assert!(attention.forward(&x, &x, &x).is_err());
-        assert_eq!(
-            (
-                counter.traffic().all_gather_calls,
-                counter.traffic().all_to_all_calls
-            ),
-            (1, 0)
-        );
+        let traffic = counter.traffic();
+        assert_eq!((traffic.all_gather_calls, traffic.all_to_all_calls), (1, 0));
     });
+}
+
+/// Position ids are a gather of their own, 8 B s bytes from each rank, and none
+/// where nobody reads them.
+#[rstest]
+#[case(None, 0)]
+#[case(Some(Documents::FromPositions), 1)]
+fn position_ids_travel_where_they_are_read(
+    #[case] documents: Option<Documents<'static>>,
+    #[case] gathers: u64,
+) {
+    on_ranks(2, |communicator| {
+        let counter = Arc::new(CountingCommunicator::new(communicator));
+        let attention = UlyssesAttention::new(counter.clone(), Options::default());
+        let x = noise(1, [2, 3, 2, 4], Kind::Float);
+        let positions = Tensor::arange(3, (Kind::Int64, Device::Cpu)).expand([2, 3], false);
+        let call = Call {
+            position_ids: Some(&positions),
+            documents,
+            ..Call::default()
+        };
+        let _ = attention.forward_with(&x, &x, &x, &call).unwrap();
+        let traffic = counter.traffic();
+        assert_eq!(traffic.all_gather_calls, 1 + gathers);
+        assert_eq!(traffic.all_gather_bytes, AGREEMENT + gathers * 8 * 2 * 3);
+    });
+}
+
+#[test]
+fn the_bypass_outside_training_communicates_nothing_and_training_does_again() {
+    on_ranks(2, |communicator| {
+        let counter = Arc::new(CountingCommunicator::new(communicator));
+        let options = Options {
+            score: Score {
+                mask: Mask::Causal,
+                ..Score::default()
+            },
+            disable_in_eval: true,
+            ..Options::default()
+        };
+        let attention = UlyssesAttention::new(counter.clone(), options);
+        let whole = leaf(&noise(1, [1, 6, 2, 4], Kind::Double));
+        let run = |attention: &UlyssesAttention| {
+            let output = attention.forward(&whole, &whole, &whole).unwrap();
+            let gradient =
+                Tensor::run_backward(&[output.sum(Kind::Double)], &[&whole], false, false);
+            (output, gradient)
+        };
+        attention.set_training(false);
+        let (output, gradient) = run(&attention);
+        assert_eq!(counter.traffic(), Traffic::default());
+        assert_eq!(output.size(), [1, 6, 2, 4]);
+        assert_eq!(gradient[0].size(), [1, 6, 2, 4]);
+        attention.set_training(true);
+        let _ = run(&attention);
+        assert_eq!(counter.traffic().all_to_all_calls, 4);
+    });
+}
+
+#[test]
+fn without_disable_in_eval_evaluation_is_as_training() {
+    on_ranks(2, |communicator| {
+        let counter = Arc::new(CountingCommunicator::new(communicator));
+        let attention = UlyssesAttention::new(counter.clone(), Options::default());
+        attention.set_training(false);
+        let x = noise(1, [1, 2, 2, 4], Kind::Float);
+        let _ = attention.forward(&x, &x, &x).unwrap();
+        assert_eq!(counter.traffic().all_to_all_calls, 2);
+    });
+}
+
+#[test]
+fn cross_attention_needs_no_communicator() {
+    let (query, kv) = (
+        noise(1, [1, 2, 4, 4], Kind::Float),
+        noise(2, [1, 7, 2, 4], Kind::Float),
+    );
+    let output = cross_attention(&query, &kv, &kv, &Call::default(), &Options::default());
+    assert_eq!(output.unwrap().size(), [1, 2, 4, 4]);
 }

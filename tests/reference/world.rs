@@ -49,6 +49,11 @@ pub(crate) fn shard(tensor: &Tensor, shards: &[usize], rank: usize) -> Tensor {
     tensor.narrow(1, start as i64, shards[rank] as i64)
 }
 
+/// The tokens at `places` of a tensor [B, S, H, D].
+pub(crate) fn pick(tensor: &Tensor, places: &[i64]) -> Tensor {
+    tensor.index_select(1, &Tensor::from_slice(places))
+}
+
 /// Numbers in (-1, 1) that depend on `seed` and the position alone.
 pub(crate) fn noise(seed: u64, size: [i64; 4], kind: Kind) -> Tensor {
     let count = size.iter().product::<i64>() as u64;

@@ -15,7 +15,7 @@ use clap::Parser;
 use fixtures::exchange::{FOLDER_VARIABLE, Hello, PROTOCOL, Session, serve};
 use nix::unistd::{dup2_stderr, dup2_stdout};
 use ulysses::{Communicator, Kernel, MpiWorld};
-use ulysses_conformance::implementation::{answer, features, kernel_parser};
+use ulysses_conformance::implementation::{ReferenceRank, features, kernel_parser};
 
 /// Answers the cases of an exchange with the bundled reference. To be started
 /// by mpirun, with the folder of the exchange in ULYSSES_EXCHANGE.
@@ -53,8 +53,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         libraries: BTreeMap::new(),
         features: features(),
     };
+    let mut reference = ReferenceRank::new(communicator, arguments.kernel);
     serve(&session, &info, &hello, |case, inputs| {
-        answer(case, inputs, communicator.clone(), arguments.kernel)
+        reference.answer(case, inputs)
     })?;
     Ok(())
 }

@@ -5,12 +5,12 @@
 //! this process, or any program in any language behind the exchange. There is
 //! no other way to the judge.
 
-mod answer;
 mod bundled;
 mod external;
 mod kernel;
 mod pool;
 mod processes;
+mod reference_rank;
 mod threads;
 
 use std::collections::BTreeSet;
@@ -20,10 +20,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use fixtures::exchange::{AnswerInfo, Tensors};
 use fixtures::{Case, Inputs};
 
-pub use answer::{answer, features};
 pub use bundled::{Bundled, launch_of};
 pub use external::{Conditions, External, Launch, LaunchError};
 pub use kernel::{kernel_name, kernel_parser};
+pub use reference_rank::{ReferenceRank, features};
 pub use threads::ReferenceOnThreads;
 
 /// Something that can be asked cases.

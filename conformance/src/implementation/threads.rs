@@ -4,21 +4,39 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::thread;
 
+use fixtures::exchange::AnswerStatus;
 use fixtures::{Case, Inputs, exchange};
 use ulysses::{Kernel, ThreadCommunicator};
 
-use super::{Collapse, Failure, Implementation, RankAnswer, answer, features};
+use super::{Collapse, Failure, Implementation, RankAnswer, ReferenceRank, features};
 
 /// The bundled reference with its ranks as threads of this process: no
 /// launcher, no MPI, no files.
 pub struct ReferenceOnThreads {
     kernel: Kernel,
+    /// Those of the last case, unless it went wrong.
+    ranks: Vec<ReferenceRank>,
 }
 
 impl ReferenceOnThreads {
     /// The reference around this core attention.
     pub fn new(kernel: Kernel) -> ReferenceOnThreads {
-        ReferenceOnThreads { kernel }
+        ReferenceOnThreads {
+            kernel,
+            ranks: Vec::new(),
+        }
+    }
+
+    /// Ranks that have what they had after the last case, or fresh ones.
+    fn take_ranks(&mut self, world: usize) -> Vec<ReferenceRank> {
+        let ranks = std::mem::take(&mut self.ranks);
+        if ranks.len() == world {
+            return ranks;
+        }
+        ThreadCommunicator::world(world)
+            .into_iter()
+            .map(|communicator| ReferenceRank::new(Arc::new(communicator), self.kernel))
+            .collect()
     }
 }
 
@@ -33,25 +51,35 @@ impl Implementation for ReferenceOnThreads {
 
     fn ask(&mut self, case: &Case, inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure> {
         let shards = exchange::shards(case, inputs, 0);
-        let kernel = self.kernel;
+        let ranks = self.take_ranks(case.world);
         thread::scope(|scope| {
-            let ranks: Vec<_> = ThreadCommunicator::world(case.world)
+            let ranks: Vec<_> = ranks
                 .into_iter()
                 .zip(&shards)
-                .map(|(communicator, (info, inputs))| {
-                    scope.spawn(move || answer(info, inputs, Arc::new(communicator), kernel))
+                .map(|(mut rank, (info, inputs))| {
+                    scope.spawn(move || {
+                        let answer = rank.answer(info, inputs);
+                        (rank, answer)
+                    })
                 })
                 .collect();
             // Every thread is waited for before one that panicked is told of:
             // its communicator, dropped, has set the others free.
             let answers: Vec<_> = ranks.into_iter().map(|rank| rank.join()).collect();
-            match answers.iter().position(Result::is_err) {
-                Some(rank) => Err(Failure::Crashed(Collapse {
+            if let Some(rank) = answers.iter().position(Result::is_err) {
+                return Err(Failure::Crashed(Collapse {
                     sentence: format!("rank {rank} panicked"),
                     logs: Vec::new(),
-                })),
-                None => Ok(answers.into_iter().flatten().map(Ok).collect()),
+                }));
             }
+            let (ranks, answers): (Vec<_>, Vec<_>) = answers.into_iter().flatten().unzip();
+            if answers
+                .iter()
+                .all(|(info, _)| info.status == AnswerStatus::Ok)
+            {
+                self.ranks = ranks;
+            }
+            Ok(answers.into_iter().map(Ok).collect())
         })
     }
 }

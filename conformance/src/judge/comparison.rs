@@ -1,51 +1,28 @@
-//! How far an answer is off, row by row, and how far an honest one may be.
-//!
-//! A row is the vector of one head of one token: `head size` numbers that the
-//! same rounding errors made. Its error is the norm of its difference from the
-//! float64 oracle. An honest implementation in the case's element type makes
-//! about the error there that dense attention in this element type makes, so a
-//! row may be off by
-//!
-//! ```text
-//! SLACK * (dense + u * norm + w * typical)
-//! ```
-//!
-//! - `dense`: the larger of what dense SDPA and dense eager attention are off
-//!   on this very row;
-//! - `u`: the unit roundoff of the element type;
-//! - `norm`: the norm of the right row: its elements are rounded at least once;
-//! - `w`: the unit roundoff in which sums are taken, float32's for half types;
-//! - `typical`: the root mean square of the norms of this head's rows: a row
-//!   that is zero or small by cancellation, as the first row of dQ under a
-//!   causal mask, carries the rounding of what cancelled.
-//!
-//! [`SLACK`] is the one number in it that is chosen, not measured.
+//! How an answer compares with the right one.
 
-use fixtures::{Array, Case, Dtype, Input, Inputs, sharding};
+use fixtures::{Array, Case, Inputs};
 
 use super::Verdict;
 use super::dense::{self, DenseKernel};
-use crate::oracle::Answer;
+use super::padding::PaddingTokens;
+use super::ruler::Ruler;
+use crate::oracle::{self, Answer, AnswerTensor};
 
-/// How many times as far off as dense attention a row may be. The norms of two
-/// independent normal errors of the same size over 16 channels differ by a
-/// factor of 4 in one row of a million (the F distribution with 16 and 16
-/// degrees of freedom), over 64 channels practically never.
-pub const SLACK: f64 = 4.0;
-
-/// How the four tensors of an answer compare with the right ones.
+/// How the tensors of an answer compare with the right ones.
 #[derive(Clone, Debug)]
 pub struct Comparison {
-    /// In the order of [`Answer::NAMES`].
-    pub tensors: [TensorComparison; 4],
+    /// In the order of [`AnswerTensor::ALL`].
+    pub tensors: Vec<TensorComparison>,
 }
 
 /// How one tensor compares with the right one.
 #[derive(Clone, Debug)]
 pub struct TensorComparison {
-    /// `out`, `dq`, `dk` or `dv`.
-    pub name: &'static str,
-    /// Whether it is bit-equal to dense SDPA.
+    /// Which tensor.
+    pub tensor: AnswerTensor,
+    /// Whether it is bit-equal to dense SDPA. Never where scores are not
+    /// SDPA's own, nor for a gradient of head state, which is a sum over ranks
+    /// in no order of its own.
     pub is_exact: bool,
     /// Its rows.
     pub rows: usize,
@@ -63,12 +40,8 @@ pub struct TensorComparison {
 /// A row that is further off than it may be.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct WrongRow {
-    /// Which sequence of the batch.
-    pub batch: usize,
-    /// The token's position in the whole sequence.
-    pub token: usize,
-    /// The query head, or for dk and dv the KV head.
-    pub head: usize,
+    /// Where it stands.
+    pub place: Place,
     /// The norm of its error.
     pub error: f64,
     /// What that may be.
@@ -77,155 +50,120 @@ pub struct WrongRow {
     pub norm: f64,
 }
 
-/// Compares `answer` with `right`, the oracle's. An error means that there is
-/// nothing to measure by.
-pub(super) fn compare(
-    case: &Case,
-    inputs: &Inputs,
-    right: &Answer<Vec<f64>>,
-    answer: &Answer<Array>,
-) -> Result<Comparison, String> {
-    let [sdpa, eager] = [DenseKernel::Sdpa, DenseKernel::Eager].map(|kernel| {
-        dense::attention(case, inputs, kernel)
-            .map_err(|error| format!("dense {kernel:?} attention failed: {error}"))
-    });
-    let (sdpa, eager) = (sdpa?, eager?);
-    let likes = [Input::Query, Input::Query, Input::Key, Input::Value];
-    let compare_tensor = |i: usize| {
-        let rows = Rows {
-            tokens: case.sequence,
-            heads: likes[i].heads(case),
-            channels: case.head_size,
-            dtype: case.dtype,
-        };
-        let name = Answer::<Array>::NAMES[i];
-        let (answer, sdpa) = (answer.tensors()[i], sdpa.tensors()[i]);
-        let baselines = [sdpa.to_f64(), eager.tensors()[i].to_f64()];
-        if !baselines.iter().flatten().all(|x| x.is_finite()) {
-            return Err(format!(
-                "`{name}` of dense attention in {} is not finite here",
-                case.dtype
-            ));
-        }
-        let mut comparison = rows.compare(name, right.tensors()[i], &baselines, &answer.to_f64());
-        comparison.is_exact = answer.bytes == sdpa.bytes;
-        Ok(comparison)
-    };
-    Ok(Comparison {
-        tensors: [
-            compare_tensor(0)?,
-            compare_tensor(1)?,
-            compare_tensor(2)?,
-            compare_tensor(3)?,
-        ],
-    })
+/// Where a row stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// One head of one token.
+    Token {
+        /// Which sequence of the batch.
+        batch: usize,
+        /// The token's position in the whole sequence.
+        token: usize,
+        /// The query head, or for dk and dv the KV head.
+        head: usize,
+    },
+    /// One head of the gradient of a norm's weight.
+    Head(usize),
+    /// All heads of the gradient of slopes or sinks.
+    AllHeads,
 }
 
-/// How the numbers of a tensor `[batch, tokens, heads, channels]` lie in rows.
-struct Rows {
-    tokens: usize,
-    heads: usize,
-    channels: usize,
-    dtype: Dtype,
+/// What an answer to a case is measured by.
+pub(super) struct Yardstick {
+    padding: PaddingTokens,
+    rulers: Answer<Ruler>,
 }
 
-impl Rows {
-    fn compare(
-        &self,
-        name: &'static str,
-        right: &[f64],
-        baselines: &[Vec<f64>; 2],
-        answer: &[f64],
-    ) -> TensorComparison {
-        let u = self.dtype.unit_roundoff();
-        let w = u.min(Dtype::F32.unit_roundoff());
-        let norms: Vec<f64> = right.chunks(self.channels).map(norm).collect();
-        let typical = self.typical_norms(&norms);
-        let mut comparison = TensorComparison {
-            name,
-            is_exact: false,
-            rows: norms.len(),
-            wrong_rows: 0,
-            worst: None,
-            tightness: 0.0,
-            scale: fit_scale(right, answer),
+impl Yardstick {
+    /// The right answer, and how far an honest one may be off. An error means
+    /// that there is nothing to measure by.
+    pub(super) fn of(
+        case: &Case,
+        inputs: &Inputs,
+        dropout: Option<&[f64]>,
+    ) -> Result<Yardstick, String> {
+        let oracle_failed = |error| format!("the oracle failed: {error}");
+        let (right, deviations) = oracle::by_token(case, inputs, dropout).map_err(oracle_failed)?;
+        let right = right
+            .try_map(|_, tensor| oracle::elements(&tensor))
+            .map_err(oracle_failed)?;
+        let dense = |kernel: DenseKernel| {
+            dense::attention(case, inputs, kernel, dropout)
+                .map_err(|error| format!("dense {kernel:?} attention failed: {error}"))
         };
-        for (i, &norm) in norms.iter().enumerate() {
-            let row = i * self.channels..(i + 1) * self.channels;
-            let off = |other: &[f64]| distance(&other[row.clone()], &right[row.clone()]);
-            let dense = off(&baselines[0]).max(off(&baselines[1]));
-            let (batch, token, head) = self.place(i);
-            let bound = SLACK * (dense + u * norm + w * typical[batch * self.heads + head]);
-            let error = off(answer);
-            let ratio = if error == 0.0 { 0.0 } else { error / bound };
-            // A row that holds a NaN is infinitely far off.
-            let ratio = if ratio.is_nan() { f64::INFINITY } else { ratio };
-            if ratio > 1.0 {
-                comparison.wrong_rows += 1;
-                if ratio > comparison.tightness {
-                    comparison.worst = Some(WrongRow {
-                        batch,
-                        token,
-                        head,
-                        error,
-                        bound,
-                        norm,
-                    });
-                }
+        let sdpa = match DenseKernel::Sdpa.answers(case) {
+            true => Some(dense(DenseKernel::Sdpa)?),
+            false => None,
+        };
+        let eager = dense(DenseKernel::Eager)?;
+        let padding = PaddingTokens::of(case);
+        let rulers = right.try_map(|name, right| {
+            let honest = |answer: &Answer<Array>| {
+                let elements = answer.get(name).map(Array::to_f64).unwrap_or_default();
+                padding.blanked(name, elements)
+            };
+            let right = padding.blanked(name, right);
+            let baselines: Vec<_> = sdpa.iter().chain([&eager]).map(honest).collect();
+            let is_usable = |baseline: &Vec<f64>| {
+                baseline.len() == right.len() && baseline.iter().all(|x| x.is_finite())
+            };
+            if !baselines.iter().all(is_usable) {
+                return Err(format!(
+                    "`{}` of dense attention in {} is not finite here",
+                    name.name(),
+                    case.dtype
+                ));
             }
-            comparison.tightness = comparison.tightness.max(ratio);
+            if name.is_head_state() {
+                return Ok(Ruler::of_parts(case, name, &right, &baselines));
+            }
+            let sdpa = sdpa.as_ref().and(baselines.first());
+            let sdpa = sdpa.map(|sdpa| Array::from_f64(case.dtype, &name.shape(case), sdpa));
+            let deviations = deviations.of(name).map_err(oracle_failed)?;
+            Ok(Ruler::of_tokens(
+                case,
+                name,
+                right,
+                sdpa,
+                &baselines,
+                &deviations,
+            ))
+        })?;
+        Ok(Yardstick { padding, rulers })
+    }
+
+    /// Compares `answer`, which has every tensor in its shape.
+    pub(super) fn compare(&self, answer: &Answer<Vec<f64>>) -> Comparison {
+        let tensors = self.rulers.iter().map(|(name, ruler)| {
+            let elements = answer.get(name).cloned().unwrap_or_default();
+            ruler.measure(&self.padding.blanked(name, elements))
+        });
+        Comparison {
+            tensors: tensors.collect(),
         }
-        comparison
     }
-
-    /// (batch, token, head) of the i-th row.
-    fn place(&self, i: usize) -> (usize, usize, usize) {
-        let (token, head) = (i / self.heads, i % self.heads);
-        (token / self.tokens, token % self.tokens, head)
-    }
-
-    /// The root mean square of the rows' norms, for each batch and head.
-    fn typical_norms(&self, norms: &[f64]) -> Vec<f64> {
-        let batches = norms.len() / (self.tokens * self.heads);
-        let mut squares = vec![0.0; batches * self.heads];
-        for (i, norm) in norms.iter().enumerate() {
-            let (batch, _, head) = self.place(i);
-            squares[batch * self.heads + head] += norm * norm;
-        }
-        let mean = |sum: f64| (sum / self.tokens as f64).sqrt();
-        squares.into_iter().map(mean).collect()
-    }
-}
-
-fn norm(row: &[f64]) -> f64 {
-    row.iter().map(|x| x * x).sum::<f64>().sqrt()
-}
-
-fn distance(a: &[f64], b: &[f64]) -> f64 {
-    let squares = a.iter().zip(b).map(|(a, b)| (a - b) * (a - b));
-    squares.sum::<f64>().sqrt()
-}
-
-/// The least-squares `alpha` of `answer = alpha * right + rest`, and the norm
-/// of the rest relative to the answer's.
-fn fit_scale(right: &[f64], answer: &[f64]) -> (f64, f64) {
-    let dot: f64 = right.iter().zip(answer).map(|(r, a)| r * a).sum();
-    let squares: f64 = right.iter().map(|r| r * r).sum();
-    let alpha = if squares > 0.0 { dot / squares } else { 0.0 };
-    let scaled: Vec<f64> = right.iter().map(|r| alpha * r).collect();
-    (alpha, distance(answer, &scaled) / norm(answer))
 }
 
 impl Comparison {
+    /// How this tensor compares; none where the case does not have it.
+    pub fn of(&self, tensor: AnswerTensor) -> Option<&TensorComparison> {
+        self.tensors
+            .iter()
+            .find(|comparison| comparison.tensor == tensor)
+    }
+
     /// Exact, pass or fail; the first that holds.
     pub(super) fn verdict(&self) -> Verdict {
-        let all = |f: fn(&TensorComparison) -> bool| self.tensors.iter().all(f);
-        if all(|tensor| tensor.is_exact) {
-            Verdict::Exact
-        } else if all(|tensor| tensor.wrong_rows == 0) {
-            Verdict::Pass
-        } else {
+        if self.wrong().next().is_some() {
             Verdict::Fail
+        } else if self
+            .tensors
+            .iter()
+            .all(|t| t.is_exact || t.tensor.is_head_state())
+        {
+            Verdict::Exact
+        } else {
+            Verdict::Pass
         }
     }
 
@@ -235,7 +173,7 @@ impl Comparison {
 
     /// What is wrong, in a sentence; empty where nothing is.
     pub(super) fn sentence(&self) -> String {
-        let names: Vec<_> = self.wrong().map(|tensor| tensor.name).collect();
+        let names: Vec<_> = self.wrong().map(|tensor| tensor.tensor.name()).collect();
         match names.as_slice() {
             [] => String::new(),
             [one] => format!("{one} is wrong"),
@@ -259,7 +197,7 @@ impl TensorComparison {
         } else {
             String::new()
         };
-        let (wrong, rows, name) = (self.wrong_rows, self.rows, self.name);
+        let (wrong, rows, name) = (self.wrong_rows, self.rows, self.tensor.name());
         format!("{name}: {wrong} of {rows} rows are off by more than they may{scale}")
     }
 
@@ -267,22 +205,43 @@ impl TensorComparison {
         let Some(worst) = self.worst else {
             return String::new();
         };
-        let shards = sharding::contiguous(case.sequence, case.world);
-        let rank = shards
-            .iter()
-            .position(|shard| shard.contains(&worst.token))
-            .unwrap_or_default();
         format!(
-            "{}: worst at batch {}, head {}, token {} (rank {rank}, its token {}): off by {:.2e}, \
-             may be {:.2e}, the right row's norm is {:.2e}",
-            self.name,
-            worst.batch,
-            worst.head,
-            worst.token,
-            worst.token - shards[rank].start,
+            "{}: worst at {}: off by {:.2e}, may be {:.2e}, the right row's norm is {:.2e}",
+            self.tensor.name(),
+            self.describe_place(case, worst.place),
             worst.error,
             worst.bound,
             worst.norm,
         )
+    }
+
+    fn describe_place(&self, case: &Case, place: Place) -> String {
+        match place {
+            Place::Token { batch, token, head } => {
+                let of_rank = self.describe_rank(case, token);
+                format!("batch {batch}, head {head}, token {token}{of_rank}")
+            }
+            Place::Head(head) => format!("head {head}"),
+            Place::AllHeads => "all heads together".to_owned(),
+        }
+    }
+
+    /// Whose shard the token is in, and where, if it is in that of one rank.
+    fn describe_rank(&self, case: &Case, token: usize) -> String {
+        let is_whole_everywhere = case.extras.eval
+            || case.extras.cross.is_some()
+                && matches!(
+                    self.tensor,
+                    AnswerTensor::KeyGradient | AnswerTensor::ValueGradient
+                );
+        if is_whole_everywhere {
+            return String::new();
+        }
+        let shards = case.shards();
+        let places = shards.iter().enumerate().filter_map(|(rank, shard)| {
+            let at = shard.position(token)?;
+            Some(format!(" (rank {rank}, its token {at})"))
+        });
+        places.take(1).collect()
     }
 }

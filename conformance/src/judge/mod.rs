@@ -1,118 +1,43 @@
 //! From an implementation's outcome to a verdict that says whose fault it is.
 
+mod assembly;
 mod comparison;
 mod dense;
+mod dropout;
+mod padding;
+mod repetition;
+mod ruler;
+mod verdict;
 
-use fixtures::exchange::{AnswerStatus, Tensors, tensor};
-use fixtures::{Array, Case, Feature, Input, Inputs, sharding};
+use fixtures::exchange::{AnswerStatus, Tensors};
+use fixtures::{Case, Defect, Feature, Inputs};
 
+use self::comparison::Yardstick;
 use crate::implementation::{self, Collapse, Failure, RankAnswer};
-use crate::oracle::{self, Answer};
+use crate::oracle;
 
-pub use comparison::{Comparison, SLACK, TensorComparison, WrongRow};
-
-/// What became of a case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Verdict {
-    /// Right, and bit-equal to dense attention in the same kernel.
-    Exact,
-    /// Right.
-    Pass,
-    /// A clear error where one was due.
-    Refused,
-    /// Not asked, because the implementation does not claim it.
-    NotClaimed,
-    /// Wrong: the implementation's fault.
-    Fail,
-    /// A rank ended before it answered: the implementation's fault.
-    Crash,
-    /// A rank did not answer within the time limit: the implementation's fault.
-    Hang,
-    /// The harness could not judge: its own fault.
-    Unclear,
-}
-
-impl Verdict {
-    /// Every verdict, in the order of a report.
-    pub const ALL: [Verdict; 8] = [
-        Verdict::Exact,
-        Verdict::Pass,
-        Verdict::Refused,
-        Verdict::NotClaimed,
-        Verdict::Fail,
-        Verdict::Crash,
-        Verdict::Hang,
-        Verdict::Unclear,
-    ];
-
-    /// The name, as in a report: `not claimed`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Verdict::Exact => "exact",
-            Verdict::Pass => "pass",
-            Verdict::Refused => "refused",
-            Verdict::NotClaimed => "not claimed",
-            Verdict::Fail => "fail",
-            Verdict::Crash => "crash",
-            Verdict::Hang => "hang",
-            Verdict::Unclear => "unclear",
-        }
-    }
-
-    /// Whether the implementation is at fault.
-    pub fn is_failure(self) -> bool {
-        matches!(self, Verdict::Fail | Verdict::Crash | Verdict::Hang)
-    }
-
-    /// Whether the case says anything of the implementation at all.
-    pub fn is_judged(self) -> bool {
-        !matches!(self, Verdict::NotClaimed | Verdict::Unclear)
-    }
-}
-
-impl std::fmt::Display for Verdict {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-/// A verdict and its reasons.
-#[derive(Clone, Debug)]
-pub struct Judgement {
-    /// What became of the case.
-    pub verdict: Verdict,
-    /// Why, in a sentence. Empty where the verdict says it all.
-    pub sentence: String,
-    /// What else a person who mends it wants to see, a line each.
-    pub details: Vec<String>,
-    /// How the answer compares, where there is one to compare.
-    pub comparison: Option<Comparison>,
-}
-
-impl Judgement {
-    /// A verdict for a reason.
-    pub fn new(verdict: Verdict, sentence: impl Into<String>) -> Judgement {
-        Judgement {
-            verdict,
-            sentence: sentence.into(),
-            details: Vec::new(),
-            comparison: None,
-        }
-    }
-
-    fn with_details(mut self, details: impl IntoIterator<Item = String>) -> Judgement {
-        self.details.extend(details);
-        self
-    }
-}
+pub use self::comparison::{Comparison, Place, TensorComparison, WrongRow};
+pub use self::dropout::FALSE_ALARM;
+pub use self::repetition::repeated;
+pub use self::ruler::SLACK;
+pub use self::verdict::{Judgement, Verdict};
 
 /// What is due from an implementation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Due {
     /// The right answer.
     Answer,
-    /// A clear refusal, because it does not claim this feature.
-    Refusal(Feature),
+    /// A clear refusal by every rank.
+    Refusal(Cause),
+}
+
+/// Why a refusal is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// The implementation does not claim this feature.
+    Unclaimed(Feature),
+    /// The input is bad in this way.
+    BadInput(Defect),
 }
 
 /// The verdict where there is no answer; none where that is nobody's fault.
@@ -132,7 +57,13 @@ pub fn without_answer(failure: Failure) -> Option<Judgement> {
 pub fn judge(case: &Case, inputs: &Inputs, due: Due, answers: &[RankAnswer]) -> Judgement {
     let judgement = match statuses(answers) {
         Statuses::Unreadable(sentence) => Judgement::new(Verdict::Fail, sentence),
-        Statuses::AllOk(shards) => compare(case, inputs, &shards),
+        Statuses::AllOk(ranks) => match due {
+            Due::Refusal(Cause::BadInput(defect)) => {
+                let sentence = format!("takes bad {} without a word", defect.name());
+                Judgement::new(Verdict::Fail, sentence)
+            }
+            _ => compare(case, inputs, answers, &ranks).unwrap_or_else(|judgement| judgement),
+        },
         Statuses::AllRefused(refusals) => refused(due, &refusals),
         Statuses::Mixed(refusals) => Judgement::new(
             Verdict::Fail,
@@ -141,8 +72,8 @@ pub fn judge(case: &Case, inputs: &Inputs, due: Due, answers: &[RankAnswer]) -> 
         .with_details(told(&refusals)),
     };
     match due {
-        Due::Answer => judgement,
-        Due::Refusal(feature) => beyond_the_claim(feature, judgement),
+        Due::Refusal(Cause::Unclaimed(feature)) => beyond_the_claim(feature, judgement),
+        _ => judgement,
     }
 }
 
@@ -228,57 +159,57 @@ fn statuses(answers: &[RankAnswer]) -> Statuses<'_> {
     }
 }
 
-/// Puts the shards together and compares them with the oracle.
-fn compare(case: &Case, inputs: &Inputs, shards: &[&Tensors]) -> Judgement {
-    let answer = match joined(case, shards) {
-        Ok(answer) => answer,
-        Err(sentence) => return Judgement::new(Verdict::Fail, sentence),
-    };
-    let comparison = oracle::attention(case, inputs)
-        .map_err(|error| format!("the oracle failed: {error}"))
-        .and_then(|right| comparison::compare(case, inputs, &right, &answer));
-    match comparison {
-        Err(reason) => Judgement::new(Verdict::Unclear, reason),
-        Ok(comparison) => {
-            let verdict = comparison.verdict();
-            Judgement {
-                verdict,
-                sentence: comparison.sentence(),
-                details: comparison.details(case),
-                comparison: Some(comparison),
-            }
+/// Puts the ranks' tensors together and compares them with the oracle: the
+/// answer of every rank where each gives a whole one. The first that is wrong
+/// counts. An error is a judgement before there is anything to compare.
+fn compare(
+    case: &Case,
+    inputs: &Inputs,
+    answers: &[RankAnswer],
+    ranks: &[&Tensors],
+) -> Result<Judgement, Judgement> {
+    let fail = |sentence| Judgement::new(Verdict::Fail, sentence);
+    let unclear = |reason| Judgement::new(Verdict::Unclear, reason);
+    silent_outside_training(case, answers).map_err(fail)?;
+    let wholes = assembly::whole_answers(case, ranks).map_err(fail)?;
+    // Nothing is dropped outside training: where something is, one answer is.
+    let dropout = match (case.extras.dropout, wholes.first()) {
+        (Some(hundredths), Some(whole)) => {
+            let undropped = oracle::attention(case, inputs)
+                .map_err(|error| unclear(format!("the oracle failed: {error}")))?;
+            let probability = f64::from(hundredths) / 100.0;
+            let out = &whole.answer.out;
+            Some(dropout::recover(case, probability, &undropped.out, out)?)
         }
-    }
+        _ => None,
+    };
+    let yardstick = Yardstick::of(case, inputs, dropout.as_deref()).map_err(unclear)?;
+    let judgements = wholes.iter().map(|whole| {
+        let comparison = yardstick.compare(&whole.answer);
+        let sentence = match (comparison.sentence(), whole.rank) {
+            (sentence, Some(rank)) if !sentence.is_empty() => format!("rank {rank}: {sentence}"),
+            (sentence, _) => sentence,
+        };
+        Judgement {
+            verdict: comparison.verdict(),
+            sentence,
+            details: comparison.details(case),
+            comparison: Some(comparison),
+        }
+    });
+    judgements
+        .reduce(Judgement::gravest)
+        .ok_or_else(|| unclear("there is no rank".to_owned()))
 }
 
-/// The answer over the whole sequence, if every rank gave every tensor in the
-/// shape and element type that is due.
-fn joined(case: &Case, shards: &[&Tensors]) -> Result<Answer<Array>, String> {
-    let runs = sharding::contiguous(case.sequence, case.world);
-    let join = |name: &str, like: Input| {
-        let arrays = shards
-            .iter()
-            .zip(&runs)
-            .enumerate()
-            .map(|(rank, (tensors, run))| {
-                let array = tensor(tensors, name).map_err(|e| format!("rank {rank}: {e}"))?;
-                let due = [case.batch, run.len(), like.heads(case), case.head_size];
-                if array.shape != due || array.dtype != case.dtype {
-                    return Err(format!(
-                        "rank {rank}: `{name}` is {} {:?}, due is {} {due:?} \
-                         [batch, tokens, heads, head size]",
-                        array.dtype, array.shape, case.dtype
-                    ));
-                }
-                Ok(array.clone())
-            })
-            .collect::<Result<Vec<_>, String>>()?;
-        Ok::<_, String>(sharding::join(&arrays))
-    };
-    Ok(Answer {
-        out: join("out", Input::Query)?,
-        dq: join("dq", Input::Query)?,
-        dk: join("dk", Input::Key)?,
-        dv: join("dv", Input::Value)?,
-    })
+/// Outside training each rank computes by itself.
+fn silent_outside_training(case: &Case, answers: &[RankAnswer]) -> Result<(), String> {
+    let sent = answers.iter().enumerate().find_map(|(rank, answer)| {
+        let bytes = answer.as_ref().ok()?.0.bytes_sent?;
+        (case.extras.eval && bytes > 0).then_some((rank, bytes))
+    });
+    match sent {
+        Some((rank, bytes)) => Err(format!("outside training rank {rank} sent {bytes} bytes")),
+        None => Ok(()),
+    }
 }

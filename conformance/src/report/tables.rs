@@ -7,7 +7,7 @@ use comfy_table::{CellAlignment, Table};
 use fixtures::Dtype;
 
 use crate::judge::Verdict;
-use crate::oracle::Answer;
+use crate::oracle::AnswerTensor;
 use crate::runner::{Record, Summary};
 
 /// How many cases of each implementation have each verdict.
@@ -32,7 +32,7 @@ pub fn verdicts(summaries: &[Summary]) -> String {
 /// how many are bit-equal to dense SDPA, and how far the worst row is off
 /// relative to what it may be.
 pub fn closeness(summaries: &[Summary]) -> Option<String> {
-    let names = Answer::<()>::NAMES.map(|name| format!("{name} = SDPA"));
+    let names = AnswerTensor::ALWAYS.map(|tensor| format!("{} = SDPA", tensor.name()));
     let header = ["implementation", "dtype", "answers"]
         .map(str::to_owned)
         .into_iter()
@@ -46,8 +46,9 @@ pub fn closeness(summaries: &[Summary]) -> Option<String> {
             .filter(|record| !record.judgement.verdict.is_failure())
             .filter_map(|record| record.judgement.comparison.as_ref())
             .collect();
-        let exact = [0, 1, 2, 3].map(|i| {
-            let exact = comparisons.iter().filter(|c| c.tensors[i].is_exact);
+        let exact = AnswerTensor::ALWAYS.map(|tensor| {
+            let of_tensor = comparisons.iter().filter_map(|c| c.of(tensor));
+            let exact = of_tensor.filter(|tensor| tensor.is_exact);
             exact.count().to_string()
         });
         let worst = comparisons

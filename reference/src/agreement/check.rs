@@ -5,30 +5,39 @@
 
 use super::{
     Agreed,
-    descriptor::{DTYPES, Descriptor, TensorDescriptor},
+    descriptor::{Descriptor, FLOATS, TensorDescriptor},
+    side,
 };
 use crate::{
+    call::Call,
+    core_attention,
     error::{Error, Refusal, Result},
     head_partition::HeadPartition,
+    options::{Options, SequenceLength},
+    token_partition::TokenPartition,
 };
 
 const ARGUMENTS: [&str; 3] = ["query", "key", "value"];
 const DIMENSIONS: [&str; 4] = ["batch", "tokens", "heads", "head size"];
 // Positions in `DIMENSIONS` and in the size of a tensor.
-const BATCH: usize = 0;
-const TOKENS: usize = 1;
-const HEADS: usize = 2;
-const HEAD_SIZE: usize = 3;
+pub(super) const BATCH: usize = 0;
+pub(super) const TOKENS: usize = 1;
+pub(super) const HEADS: usize = 2;
+pub(super) const HEAD_SIZE: usize = 3;
 
 /// An argument, what is wrong with it and what to do; whose it is, the caller
 /// knows.
-type Fault = (&'static str, String, String);
+pub(super) type Fault = (&'static str, String, String);
 
 /// What all ranks agreed on, from the call of each, in rank order.
 ///
 /// # Errors
 /// The first thing that is wrong, in an order that is the same everywhere.
-pub(super) fn check(calls: &[Descriptor]) -> Result<Agreed> {
+pub(super) fn check(
+    descriptors: &[Descriptor],
+    options: &Options,
+    call: &Call<'_>,
+) -> Result<Agreed> {
     let refuse = |rank| {
         move |(argument, problem, remedy)| Refusal {
             rank,
@@ -37,13 +46,23 @@ pub(super) fn check(calls: &[Descriptor]) -> Result<Agreed> {
             remedy,
         }
     };
-    for (rank, call) in calls.iter().enumerate() {
-        alone(call).map_err(refuse(Some(rank)))?;
+    for (rank, one) in descriptors.iter().enumerate() {
+        alone(one).map_err(refuse(Some(rank)))?;
     }
-    for (rank, call) in calls.iter().enumerate().skip(1) {
-        beside(call, &calls[0]).map_err(refuse(Some(rank)))?;
+    for (rank, one) in descriptors.iter().enumerate().skip(1) {
+        beside(one, &descriptors[0]).map_err(refuse(Some(rank)))?;
     }
-    together(calls)
+    // From here on `options` and `call` are those of every rank, but for what
+    // no setting holds.
+    settings(&descriptors[0], options, call)?;
+    for (rank, one) in descriptors.iter().enumerate() {
+        side::alone(one, options, call).map_err(refuse(Some(rank)))?;
+    }
+    let agreed = together(descriptors, options)?;
+    for (rank, one) in descriptors.iter().enumerate() {
+        side::together(one, agreed.tokens.total(), call).map_err(refuse(Some(rank)))?;
+    }
+    Ok(agreed)
 }
 
 /// What one rank's call shows by itself.
@@ -81,7 +100,7 @@ fn alone(call: &Descriptor) -> Result<(), Fault> {
             "give both the same",
         )?;
     }
-    for dimension in [BATCH, TOKENS, HEADS, HEAD_SIZE] {
+    for dimension in [BATCH, TOKENS, HEADS] {
         same(
             ("value", value),
             "`key`",
@@ -100,11 +119,14 @@ fn alone(call: &Descriptor) -> Result<(), Fault> {
             "give `query` a multiple of the heads of `key`",
         );
     }
-    match call.scale {
-        Some(scale) if !scale.is_finite() => fault(
-            "options",
-            format!("has the scale {scale}"),
-            "give a finite scale, or none",
+    match call.fixed_local {
+        Some(local) if local != query.size[TOKENS] => fault(
+            "query",
+            format!(
+                "has {} tokens, but the length is fixed at {local}",
+                query.size[TOKENS]
+            ),
+            "give as many, or let the length vary",
         ),
         _ => Ok(()),
     }
@@ -125,14 +147,22 @@ fn tensor_alone(argument: &'static str, tensor: &TensorDescriptor) -> Result<(),
             return fault(argument, problem, "give [batch, tokens, heads, head size]");
         }
     }
-    if let Some(dimension) = tensor.size.iter().position(|&length| length == 0) {
+    // A rank may be without tokens.
+    let empty = |&dimension: &usize| tensor.size[dimension] == 0;
+    if let Some(dimension) = [BATCH, HEADS, HEAD_SIZE].into_iter().find(empty) {
         let problem = format!("has {} 0", DIMENSIONS[dimension]);
         return fault(argument, problem, "give every rank at least one of each");
     }
-    if tensor.dtype_name().is_none() {
-        let known = DTYPES.map(|(_, name)| name).join(", ");
+    if !tensor
+        .dtype_name()
+        .is_some_and(|name| FLOATS.contains(&name))
+    {
         let problem = "has a dtype that attention is not computed in".to_owned();
-        return fault(argument, problem, &format!("give one of {known}"));
+        return fault(
+            argument,
+            problem,
+            &format!("give one of {}", FLOATS.join(", ")),
+        );
     }
     Ok(())
 }
@@ -146,6 +176,14 @@ fn beside(call: &Descriptor, first: &Descriptor) -> Result<(), Fault> {
         same(("query", query), "rank 0", of_first, dimension, remedy)?;
     }
     same(("key", call.key()), "rank 0", first.key(), HEADS, remedy)?;
+    let (value, value_of_first) = (call.value(), first.value());
+    same(
+        ("value", value),
+        "rank 0",
+        value_of_first,
+        HEAD_SIZE,
+        remedy,
+    )?;
     if query.dtype != of_first.dtype {
         return fault(
             "query",
@@ -182,44 +220,71 @@ fn beside(call: &Descriptor, first: &Descriptor) -> Result<(), Fault> {
             "record gradients on every rank or on none",
         );
     }
-    if call.mask != first.mask {
-        return fault(
-            "options",
+    let mut pairs = call.settings.iter().zip(&first.settings);
+    match pairs.find(|(setting, of_first)| setting.word != of_first.word) {
+        None => Ok(()),
+        Some((setting, of_first)) => fault(
+            setting.argument,
             format!(
-                "has the mask {:?}, but on rank 0 it is {:?}",
-                call.mask, first.mask
+                "has the {} {}, but on rank 0 it is {}",
+                setting.name,
+                setting.shown(),
+                of_first.shown()
             ),
-            "give every rank the same mask",
-        );
+            "give every rank the same",
+        ),
     }
-    if call.scale.map(f64::to_bits) != first.scale.map(f64::to_bits) {
-        return fault(
-            "options",
-            format!(
-                "has the scale {:?}, but on rank 0 it is {:?}",
-                call.scale, first.scale
-            ),
-            "give every rank the same scale",
-        );
+}
+
+/// Whether the settings that all ranks share make sense.
+fn settings(descriptor: &Descriptor, options: &Options, call: &Call<'_>) -> Result<()> {
+    let (head_size, value_size) = (
+        descriptor.query().size[HEAD_SIZE],
+        descriptor.value().size[HEAD_SIZE],
+    );
+    core_attention::check_numbers(
+        &options.score,
+        call.dropout.map(|dropout| dropout.of_heads(0)),
+    )?;
+    if let Some(rotary) = options.rotary {
+        rotary.check(head_size)?;
     }
-    if call.uneven_heads != first.uneven_heads {
+    let Some(layers) = options.skip_all_but_last else {
+        return Ok(());
+    };
+    let refuse = |argument, problem, remedy: &str| {
+        Err(Error::from(Refusal {
+            rank: None,
+            argument,
+            problem,
+            remedy: remedy.to_owned(),
+        }))
+    };
+    if call.layer >= layers {
         let problem = format!(
-            "has `uneven_heads` {}, but on rank 0 it is {}",
-            call.uneven_heads, first.uneven_heads
+            "is {}, but `skip_all_but_last` tells of {layers} layers",
+            call.layer
         );
-        return fault("options", problem, "give every rank the same");
+        return refuse("layer", problem, "count the layers from 0");
+    }
+    if value_size != head_size {
+        let problem = format!(
+            "has head size {value_size}, but `query`, which skipped layers give back, has \
+             {head_size}"
+        );
+        return refuse("value", problem, "give both the same head size");
     }
     Ok(())
 }
 
 /// What only the number of ranks decides.
-fn together(calls: &[Descriptor]) -> Result<Agreed> {
+fn together(calls: &[Descriptor], options: &Options) -> Result<Agreed> {
     let length = |tensor: &TensorDescriptor, dimension: usize| {
         usize::try_from(tensor.size[dimension]).unwrap_or(0)
     };
     let (query, key) = (calls[0].query(), calls[0].key());
     let heads = HeadPartition::new(length(query, HEADS), length(key, HEADS), calls.len())?;
-    if !heads.is_even() && !calls[0].uneven_heads {
+    if !heads.is_even() && !options.uneven_heads {
         return Err(Error::from(Refusal {
             rank: None,
             argument: "query",
@@ -232,11 +297,30 @@ fn together(calls: &[Descriptor]) -> Result<Agreed> {
                 .to_owned(),
         }));
     }
-    let tokens = calls
+    let tokens: Vec<usize> = calls
         .iter()
         .map(|call| length(call.query(), TOKENS))
         .collect();
-    Ok(Agreed { tokens, heads })
+    let tokens = TokenPartition::new(options.sharding, &tokens)?;
+    match options.sequence_length {
+        SequenceLength::Fixed { global, .. } if global != tokens.total() => {
+            return Err(Error::from(Refusal {
+                rank: None,
+                argument: "query",
+                problem: format!(
+                    "has {} tokens on all ranks, but the length is fixed at {global}",
+                    tokens.total()
+                ),
+                remedy: "give as many, or let the length vary".to_owned(),
+            }));
+        }
+        _ => {}
+    }
+    Ok(Agreed {
+        batch: length(query, BATCH),
+        tokens,
+        heads,
+    })
 }
 
 /// That one dimension of a tensor is as long as that of another.
@@ -263,6 +347,6 @@ fn name(tensor: &TensorDescriptor) -> &'static str {
     tensor.dtype_name().unwrap_or("of another dtype")
 }
 
-fn fault(argument: &'static str, problem: String, remedy: &str) -> Result<(), Fault> {
+pub(super) fn fault(argument: &'static str, problem: String, remedy: &str) -> Result<(), Fault> {
     Err((argument, problem, remedy.to_owned()))
 }

@@ -9,12 +9,16 @@
 
 mod check;
 mod descriptor;
+mod settings;
+mod side;
 
 use crate::{
+    call::Call,
     communicator::{Communicator, CommunicatorError},
     error::Result,
     head_partition::HeadPartition,
     options::Options,
+    token_partition::TokenPartition,
 };
 use descriptor::Descriptor;
 use tch::Tensor;
@@ -22,8 +26,10 @@ use tch::Tensor;
 /// What the ranks agreed on.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Agreed {
+    /// The sequences of a batch.
+    pub(crate) batch: usize,
     /// The tokens of each rank.
-    pub(crate) tokens: Vec<usize>,
+    pub(crate) tokens: TokenPartition,
     /// The heads of each rank.
     pub(crate) heads: HeadPartition,
 }
@@ -31,23 +37,22 @@ pub(crate) struct Agreed {
 /// Gathers the description of every rank's call and checks them together.
 pub(crate) fn reach(
     communicator: &dyn Communicator,
-    query: &Tensor,
-    key: &Tensor,
-    value: &Tensor,
+    tensors: [&Tensor; 3],
+    call: &Call<'_>,
     options: &Options,
 ) -> Result<Agreed> {
-    let own = Descriptor::of([query, key, value], options);
+    let own = Descriptor::of(tensors, call, options);
     let gathered = communicator.all_gather(&own.to_words())?;
     let descriptors = gathered
         .iter()
         .enumerate()
         .map(|(rank, words)| {
-            Descriptor::from_words(words).ok_or_else(|| CommunicatorError::Mismatch {
+            own.like(words).ok_or_else(|| CommunicatorError::Mismatch {
                 operation: "all_gather",
                 rank,
                 problem: format!("gave {} words that describe no call", words.len()),
             })
         })
         .collect::<Result<Vec<_>, _>>()?;
-    check::check(&descriptors)
+    check::check(&descriptors, options, call)
 }

@@ -7,11 +7,17 @@
 //! operation of torch knows that the adjoint of an exchange is the opposite
 //! exchange.
 //!
+//! [`checkpoint`] is built on it: a function that runs again in backward.
+//!
 //! Not here: anything about ranks. A [`Function`] may communicate or not.
 //! Second derivatives are refused, because a backward written in Rust records
 //! no graph of its own.
 
+mod checkpoint;
 mod ffi;
+
+pub use checkpoint::checkpoint;
+pub(crate) use checkpoint::{Kept, pull_back};
 
 use crate::error::{Error, Refusal, Result};
 use tch::Tensor;

@@ -36,21 +36,6 @@ pub enum CommunicatorError {
         /// What it did, as a predicate.
         problem: String,
     },
-    /// More data than a count of MPI can express.
-    #[error(
-        "{operation}: the {quantity} for rank {peer} is {bytes} bytes, \
-         beyond the 32 bits of an MPI count; use shorter shards"
-    )]
-    TooLarge {
-        /// The collective.
-        operation: &'static str,
-        /// `count` or `displacement`.
-        quantity: &'static str,
-        /// The peer it is for.
-        peer: usize,
-        /// Its value.
-        bytes: usize,
-    },
     /// The communicator can no longer be used, or never could be.
     #[error("{operation}: the communicator cannot be used: {reason}")]
     Unusable {

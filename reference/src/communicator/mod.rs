@@ -12,10 +12,14 @@
 //!
 //! Not here: what the blocks mean (see [`exchange`](crate::exchange)), and
 //! anything differentiable. A communicator moves data and records no graph.
+//! Nor does libtorch learn that a tensor was received into: none should be that a
+//! graph has saved.
 
+mod blocks;
 pub mod counting;
 mod error;
 pub mod mpi;
+mod strided;
 pub mod threads;
 
 pub use error::CommunicatorError;
@@ -45,9 +49,9 @@ pub trait Communicator: Send + Sync {
     /// `receive[p]`, in place.
     ///
     /// Each list holds one list of blocks for each rank, itself included; a
-    /// list or a block may be empty. A block is a tensor of any shape and any
+    /// list or a block may be empty. A block is a tensor of any shape, size and
     /// strides, and the n-th block sent is written to the n-th to be received,
-    /// which has the same shape. All blocks of one call have one dtype.
+    /// which has the same shape and dtype.
     ///
     /// # Errors
     /// As for [`Communicator::all_gather`], and when what is sent does not fit

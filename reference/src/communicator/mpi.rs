@@ -5,21 +5,19 @@
 //! Here MPI is asked to return its errors, every collective is started without
 //! blocking, and a rank that does not come becomes an error value.
 //!
-//! MPI moves flat buffers, so blocks are packed for each peer and unpacked
-//! again. Counts and displacements of MPI are 32-bit: a rank that would hand
-//! over or receive 2 GiB or more in one exchange is refused with an error that
-//! says so.
+//! Blocks travel as messages between pairs of ranks (`transfer`), which have
+//! none of the limits that 32-bit counts and displacements put on MPI's own
+//! all-to-all. What a rank has for itself does not go through MPI.
 //!
 //! Not here: word that this rank gives up. MPI has no message for it, so peers
 //! of a rank that left meet the time limit (or `mpirun` ends them, when it
 //! sees a process die).
 #![allow(unsafe_code)]
 
-mod packing;
+mod transfer;
 
-use super::{Communicator, CommunicatorError};
+use super::{Communicator, CommunicatorError, blocks};
 use mpi::{Threading, environment::Universe, ffi, topology::Communicator as _, traits::AsRaw};
-use packing::{Packed, count_of};
 use std::{
     ffi::{c_char, c_int},
     mem::ManuallyDrop,
@@ -27,9 +25,14 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use tch::{Kind, Tensor};
+use tch::Tensor;
+use transfer::Transfer;
 
 const TIME_LIMIT: Duration = Duration::from_secs(300);
+
+/// How many words all ranks together gather at a time. A gather is of a few
+/// words, and a longer one is so many of these: counts of MPI are 32-bit.
+const GATHERED_AT_ONCE: usize = 1 << 22;
 
 /// MPI itself, from its beginning to its end in this process.
 ///
@@ -165,14 +168,12 @@ impl MpiCommunicator {
         self
     }
 
-    /// Starts a collective and polls it until it is done.
-    ///
-    /// After an error MPI may still use the buffers: they must never be freed.
-    fn complete(
+    /// Does a collective, if those before it were done.
+    fn in_turn<T>(
         &self,
         operation: &'static str,
-        start: impl FnOnce(ffi::MPI_Comm, *mut ffi::MPI_Request) -> c_int,
-    ) -> Result<(), CommunicatorError> {
+        collective: impl FnOnce() -> Result<T, CommunicatorError>,
+    ) -> Result<T, CommunicatorError> {
         let mut condition = self.group.lock();
         let reason = match &*condition {
             Condition::Ready => None,
@@ -182,41 +183,79 @@ impl MpiCommunicator {
         if let Some(reason) = reason {
             return Err(CommunicatorError::Unusable { operation, reason });
         }
-        let done = self.start_and_poll(operation, start);
+        let done = collective();
         if let Err(error) = &done {
             *condition = Condition::Broken(error.to_string());
         }
         done
     }
 
-    fn start_and_poll(
+    /// Lets MPI work until it is done, or the time is up: then not so.
+    fn poll(
+        &self,
+        begun: Instant,
+        mut is_done: impl FnMut() -> Result<bool, CommunicatorError>,
+    ) -> Result<bool, CommunicatorError> {
+        while !is_done()? {
+            if begun.elapsed() >= self.time_limit {
+                return Ok(false);
+            }
+            // There may be more ranks than cores.
+            thread::yield_now();
+        }
+        Ok(true)
+    }
+
+    fn timed_out(&self, operation: &'static str, missing: Vec<usize>) -> CommunicatorError {
+        CommunicatorError::TimedOut {
+            operation,
+            missing,
+            limit: self.time_limit,
+        }
+    }
+
+    /// The words of all ranks one after another; every rank gives equally many,
+    /// and all together no more than [`GATHERED_AT_ONCE`].
+    fn gather(
         &self,
         operation: &'static str,
-        start: impl FnOnce(ffi::MPI_Comm, *mut ffi::MPI_Request) -> c_int,
-    ) -> Result<(), CommunicatorError> {
+        words: &[i64],
+    ) -> Result<Vec<i64>, CommunicatorError> {
         let begun = Instant::now();
+        let count = words.len() as c_int;
+        // After an error MPI may still use these: freed only when all is done.
+        let send = ManuallyDrop::new(words.to_vec());
+        let mut gathered = ManuallyDrop::new(vec![0i64; words.len() * self.group.size]);
         // SAFETY: a constant of MPI, read while MPI runs.
         let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
-        succeed(operation, start(self.group.handle.0, &raw mut request))?;
-        loop {
+        // SAFETY: `send` has `count` words and `gathered` as many for each
+        // rank; both stay until the collective is complete.
+        let code = unsafe {
+            ffi::MPI_Iallgather(
+                send.as_ptr().cast(),
+                count,
+                ffi::RSMPI_INT64_T,
+                gathered.as_mut_ptr().cast(),
+                count,
+                ffi::RSMPI_INT64_T,
+                self.group.handle.0,
+                &raw mut request,
+            )
+        };
+        succeed(operation, code)?;
+        let done = self.poll(begun, || {
             let mut done: c_int = 0;
             // SAFETY: `request` is the one just started, `done` a valid place.
             let code =
                 unsafe { ffi::MPI_Test(&raw mut request, &raw mut done, ffi::RSMPI_STATUS_IGNORE) };
             succeed(operation, code)?;
-            if done != 0 {
-                return Ok(());
-            }
-            if begun.elapsed() >= self.time_limit {
-                return Err(CommunicatorError::TimedOut {
-                    operation,
-                    missing: Vec::new(),
-                    limit: self.time_limit,
-                });
-            }
-            // There may be more ranks than cores.
-            thread::yield_now();
+            Ok(done != 0)
+        })?;
+        if !done {
+            return Err(self.timed_out(operation, Vec::new()));
         }
+        drop(ManuallyDrop::into_inner(send));
+        Ok(ManuallyDrop::into_inner(gathered))
     }
 }
 
@@ -230,34 +269,23 @@ impl Communicator for MpiCommunicator {
     }
 
     fn all_gather(&self, words: &[i64]) -> Result<Vec<Vec<i64>>, CommunicatorError> {
-        let operation = "all_gather";
-        let count = words.len();
-        let bytes = count_of(operation, "count", self.group.rank, size_of_val(words))?;
-        // Not freed unless the collective completes.
-        let send = ManuallyDrop::new(words.to_vec());
-        let mut gathered = ManuallyDrop::new(vec![0i64; count * self.group.size]);
-        let (from, to) = (send.as_ptr(), gathered.as_mut_ptr());
-        self.complete(operation, |communicator, request| {
-            // SAFETY: `from` has `bytes` bytes and `to` as many for each rank;
-            // both stay until the collective is complete.
-            unsafe {
-                ffi::MPI_Iallgather(
-                    from.cast(),
-                    bytes,
-                    ffi::RSMPI_UINT8_T,
-                    to.cast(),
-                    bytes,
-                    ffi::RSMPI_UINT8_T,
-                    communicator,
-                    request,
-                )
+        let (operation, size) = ("all_gather", self.group.size);
+        let longest = (GATHERED_AT_ONCE / size).max(1);
+        self.in_turn(operation, || {
+            let mut all: Vec<Vec<i64>> = (0..size).map(|_| Vec::new()).collect();
+            let mut rest = words;
+            loop {
+                let (now, later) = rest.split_at(rest.len().min(longest));
+                let gathered = self.gather(operation, now)?;
+                for (rank, words) in all.iter_mut().enumerate() {
+                    words.extend_from_slice(&gathered[rank * now.len()..][..now.len()]);
+                }
+                if later.is_empty() {
+                    return Ok(all);
+                }
+                rest = later;
             }
-        })?;
-        drop(ManuallyDrop::into_inner(send));
-        let gathered = ManuallyDrop::into_inner(gathered);
-        Ok((0..self.group.size)
-            .map(|r| gathered[r * count..(r + 1) * count].to_vec())
-            .collect())
+        })
     }
 
     fn all_to_all(
@@ -266,82 +294,35 @@ impl Communicator for MpiCommunicator {
         receive: &[Vec<Tensor>],
     ) -> Result<(), CommunicatorError> {
         let operation = "all_to_all";
-        let _guard = tch::no_grad_guard();
-        let kind = self.common_dtype(operation, send, receive)?;
-        let outgoing = ManuallyDrop::new(Packed::room_for(operation, send, kind)?);
-        let incoming = ManuallyDrop::new(Packed::room_for(operation, receive, kind)?);
-        for (block, place) in outgoing.beside(send) {
-            let place = place.map_err(CommunicatorError::libtorch(operation));
-            place?
-                .f_copy_(block)
-                .map_err(CommunicatorError::libtorch(operation))?;
-        }
-        self.complete(operation, |communicator, request| {
-            // SAFETY: counts and displacements have an entry for each rank and
-            // stay inside buffers of their sum, by `Packed::room_for`; all of
-            // it stays until the collective is complete, being freed only
-            // below.
-            unsafe {
-                ffi::MPI_Ialltoallv(
-                    outgoing.buffer.data_ptr().cast_const(),
-                    outgoing.counts.as_ptr(),
-                    outgoing.displacements.as_ptr(),
-                    ffi::RSMPI_UINT8_T,
-                    incoming.buffer.data_ptr(),
-                    incoming.counts.as_ptr(),
-                    incoming.displacements.as_ptr(),
-                    ffi::RSMPI_UINT8_T,
-                    communicator,
-                    request,
-                )
-            }
-        })?;
-        drop(ManuallyDrop::into_inner(outgoing));
-        let incoming = ManuallyDrop::into_inner(incoming);
-        for (place, arrived) in incoming.beside(receive) {
-            let arrived = arrived.map_err(CommunicatorError::libtorch(operation))?;
-            let mut place = place.shallow_clone();
-            place
-                .f_copy_(&arrived)
-                .map_err(CommunicatorError::libtorch(operation))?;
-        }
-        Ok(())
-    }
-}
-
-impl MpiCommunicator {
-    /// The one dtype of all blocks, given lists for all ranks.
-    fn common_dtype(
-        &self,
-        operation: &'static str,
-        send: &[Vec<Tensor>],
-        receive: &[Vec<Tensor>],
-    ) -> Result<Kind, CommunicatorError> {
         let (rank, size) = (self.group.rank, self.group.size);
-        let mismatch = |problem| {
-            Err(CommunicatorError::Mismatch {
-                operation,
-                rank,
-                problem,
-            })
-        };
-        if send.len() != size || receive.len() != size {
-            let (send, receive) = (send.len(), receive.len());
-            return mismatch(format!(
-                "gave lists for {send} and {receive} ranks in a world of {size}"
-            ));
-        }
-        let mut common = None;
-        for block in send.iter().chain(receive).flatten() {
-            let kind = block
-                .f_kind()
-                .map_err(CommunicatorError::libtorch(operation))?;
-            if *common.get_or_insert(kind) != kind {
-                return mismatch(format!("gave blocks of {kind:?} and of another dtype"));
+        // A communicator records no graph.
+        let _guard = tch::no_grad_guard();
+        blocks::expect_lists(operation, rank, size, send, receive)?;
+        self.in_turn(operation, || {
+            let begun = Instant::now();
+            // After an error MPI may still use its buffers: it is freed only
+            // when all is done.
+            let mut transfer =
+                ManuallyDrop::new(Transfer::new(operation, self.group.handle.0, rank));
+            // Receives first: a message that finds one waiting is not copied
+            // twice. And each rank begins with another peer.
+            for peer in (1..size).map(|step| (rank + size - step) % size) {
+                for place in &receive[peer] {
+                    transfer.receive(peer, place)?;
+                }
             }
-        }
-        // Without a block any dtype describes the empty buffers.
-        Ok(common.unwrap_or(Kind::Uint8))
+            for peer in (1..size).map(|step| (rank + step) % size) {
+                for block in &send[peer] {
+                    transfer.send(peer, block)?;
+                }
+            }
+            blocks::place(operation, (rank, &send[rank]), (rank, &receive[rank]))?;
+            if !self.poll(begun, || transfer.progress())? {
+                return Err(self.timed_out(operation, transfer.waits_for()));
+            }
+            drop(ManuallyDrop::into_inner(transfer));
+            Ok(())
+        })
     }
 }
 

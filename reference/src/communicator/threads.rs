@@ -16,9 +16,13 @@
 //! Ranks on a CUDA device are not provided for: torch runs the backward of all
 //! threads on one thread of the device, where a collective waits for itself.
 
-use super::{Communicator, CommunicatorError};
+use super::{Communicator, CommunicatorError, blocks};
 use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    hint,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -26,19 +30,30 @@ use tch::Tensor;
 
 const TIME_LIMIT: Duration = Duration::from_secs(300);
 
+/// To sleep and to be woken costs tens of microseconds, as much as the exchange
+/// of a short sequence. Ranks that do the same work come within that time of
+/// one another, so each stays awake for it, where every rank has a core.
+const AWAKE: Duration = Duration::from_micros(100);
+
 /// One rank's end of a world of threads.
 ///
 /// Move each into the thread of its rank; all ranks must be served, each by
 /// one thread at a time.
 pub struct ThreadCommunicator {
     rank: usize,
+    size: usize,
     time_limit: Duration,
     world: Arc<World>,
 }
 
 struct World {
     round: Mutex<Round>,
+    /// Counts what the ranks that wait should look at: set with the lock held,
+    /// and read without it by those that do not sleep yet.
+    changes: AtomicU64,
     changed: Condvar,
+    /// How long a rank looks out for a change before it sleeps.
+    awake: Duration,
 }
 
 /// The state that the ranks share.
@@ -70,6 +85,9 @@ struct Parcel {
 
 impl ThreadCommunicator {
     /// The ends of a world of `size` ranks, in rank order.
+    ///
+    /// Where the machine has a core for each, a rank that waits keeps its core
+    /// busy for up to 0.1 ms before it sleeps.
     pub fn world(size: usize) -> Vec<ThreadCommunicator> {
         let vacant = || (0..size).map(|_| None);
         let world = Arc::new(World {
@@ -79,11 +97,18 @@ impl ThreadCommunicator {
                 departed: vec![None; size],
                 broken: None,
             }),
+            changes: AtomicU64::new(0),
             changed: Condvar::new(),
+            awake: if size <= thread::available_parallelism().map_or(1, usize::from) {
+                AWAKE
+            } else {
+                Duration::ZERO
+            },
         });
         (0..size)
             .map(|rank| Self {
                 rank,
+                size,
                 time_limit: TIME_LIMIT,
                 world: Arc::clone(&world),
             })
@@ -107,7 +132,11 @@ impl ThreadCommunicator {
         let begun = Instant::now();
         let mut round = self.world.lock();
         round.bring(self.rank, Brought { operation, parcels })?;
-        self.world.changed.notify_all();
+        if round.is_settled(self.rank) {
+            self.world.announce();
+        } else {
+            round = self.world.look_out(round);
+        }
         loop {
             // A round that closed is good, whatever happened since.
             if let Some(parcels) = round.awaiting[self.rank].take() {
@@ -123,7 +152,7 @@ impl ThreadCommunicator {
             });
             if let Some(failure) = failure {
                 round.broken = Some(failure.clone());
-                self.world.changed.notify_all();
+                self.world.announce();
                 return Err(failure);
             }
             let wait = self.world.changed.wait_timeout(round, left);
@@ -132,47 +161,9 @@ impl ThreadCommunicator {
     }
 
     fn depart(&self, reason: &str) {
-        let departed = &mut self.world.lock().departed[self.rank];
-        departed.get_or_insert_with(|| reason.to_owned());
-        self.world.changed.notify_all();
-    }
-
-    /// Copies what arrived to where it belongs.
-    fn place(
-        &self,
-        operation: &'static str,
-        arrived: &[Parcel],
-        receive: &[Vec<Tensor>],
-    ) -> Result<(), CommunicatorError> {
-        let libtorch = CommunicatorError::libtorch(operation);
-        for (sender, (parcel, places)) in arrived.iter().zip(receive).enumerate() {
-            let mismatch = |problem| CommunicatorError::Mismatch {
-                operation,
-                rank: sender,
-                problem: format!("sent rank {} {problem}", self.rank),
-            };
-            if parcel.blocks.len() != places.len() {
-                let (sent, due) = (parcel.blocks.len(), places.len());
-                return Err(mismatch(format!("{sent} blocks where {due} were due")));
-            }
-            for (block, place) in parcel.blocks.iter().zip(places) {
-                let (sent, due) = (block.size(), place.size());
-                if sent != due {
-                    return Err(mismatch(format!(
-                        "a block of {sent:?} where {due:?} was due"
-                    )));
-                }
-                let (sent, due) = (
-                    block.f_kind().map_err(&libtorch)?,
-                    place.f_kind().map_err(&libtorch)?,
-                );
-                if sent != due {
-                    return Err(mismatch(format!("{sent:?} where {due:?} was due")));
-                }
-                place.shallow_clone().f_copy_(block).map_err(&libtorch)?;
-            }
-        }
-        Ok(())
+        let mut round = self.world.lock();
+        round.departed[self.rank].get_or_insert_with(|| reason.to_owned());
+        self.world.announce();
     }
 }
 
@@ -182,7 +173,7 @@ impl Communicator for ThreadCommunicator {
     }
 
     fn size(&self) -> usize {
-        self.world.lock().departed.len()
+        self.size
     }
 
     fn all_gather(&self, words: &[i64]) -> Result<Vec<Vec<i64>>, CommunicatorError> {
@@ -191,7 +182,7 @@ impl Communicator for ThreadCommunicator {
             words: words.to_vec(),
             ..Parcel::default()
         };
-        let parcels = (0..self.size()).map(|_| parcel()).collect();
+        let parcels = (0..self.size).map(|_| parcel()).collect();
         let gathered: Vec<_> = self
             .meet(operation, parcels)?
             .into_iter()
@@ -218,46 +209,30 @@ impl Communicator for ThreadCommunicator {
         receive: &[Vec<Tensor>],
     ) -> Result<(), CommunicatorError> {
         let operation = "all_to_all";
-        let size = self.size();
+        let size = self.size;
         // A communicator records no graph, least of all one across threads.
         let _guard = tch::no_grad_guard();
-        let detached = |blocks: &Vec<Tensor>| {
-            blocks
-                .iter()
-                .map(Tensor::f_detach)
-                .collect::<Result<Vec<_>, _>>()
-        };
-        let prepared = if send.len() == size && receive.len() == size {
-            send.iter()
-                .map(detached)
-                .collect::<Result<Vec<_>, _>>()
-                .map_err(CommunicatorError::libtorch(operation))
-        } else {
-            let problem = format!(
-                "gave lists for {} and {} ranks in a world of {size}",
-                send.len(),
-                receive.len()
-            );
-            Err(CommunicatorError::Mismatch {
-                operation,
-                rank: self.rank,
-                problem,
-            })
-        };
-        let (blocks, failure) = match prepared {
-            Ok(blocks) => (blocks, None),
-            Err(failure) => ((0..size).map(|_| Vec::new()).collect(), Some(failure)),
-        };
-        let parcels = blocks
-            .into_iter()
-            .map(|blocks| Parcel {
-                blocks,
+        let failure = blocks::expect_lists(operation, self.rank, size, send, receive).err();
+        let parcels = (0..size)
+            .map(|peer| Parcel {
+                blocks: match (&failure, send.get(peer)) {
+                    (None, Some(blocks)) => blocks.iter().map(Tensor::shallow_clone).collect(),
+                    _ => Vec::new(),
+                },
                 failure: failure.clone(),
                 ..Parcel::default()
             })
             .collect();
         let arrived = first_failure(self.meet(operation, parcels)?)?;
-        let failure = self.place(operation, &arrived, receive).err();
+        let failure =
+            arrived
+                .iter()
+                .zip(receive)
+                .enumerate()
+                .find_map(|(sender, (parcel, places))| {
+                    let (from, to) = ((sender, &parcel.blocks[..]), (self.rank, &places[..]));
+                    blocks::place(operation, from, to).err()
+                });
         let parcels = (0..size)
             .map(|_| Parcel {
                 failure: failure.clone(),
@@ -297,6 +272,23 @@ impl World {
     fn lock(&self) -> MutexGuard<'_, Round> {
         // No code that holds the lock can leave the round half changed.
         self.round.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells all ranks to look at the round again. The caller holds its lock.
+    fn announce(&self) {
+        self.changes.fetch_add(1, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Lets go of the round until something has changed, though not for long.
+    fn look_out<'a>(&'a self, round: MutexGuard<'a, Round>) -> MutexGuard<'a, Round> {
+        let seen = self.changes.load(Ordering::Acquire);
+        drop(round);
+        let begun = Instant::now();
+        while self.changes.load(Ordering::Acquire) == seen && begun.elapsed() < self.awake {
+            hint::spin_loop();
+        }
+        self.lock()
     }
 }
 
@@ -343,6 +335,11 @@ impl Round {
         for awaiting in &mut self.awaiting {
             *awaiting = Some(from.iter_mut().filter_map(Iterator::next).collect());
         }
+    }
+
+    /// Whether a rank that has brought something need not wait.
+    fn is_settled(&self, rank: usize) -> bool {
+        self.awaiting[rank].is_some() || self.broken.is_some()
     }
 
     fn missing(&self) -> impl Iterator<Item = usize> {

@@ -14,18 +14,18 @@ use crate::{
 };
 use tch::Tensor;
 
-/// One list for each rank, of one block from each of the three tensors.
-fn zip(query: Vec<Tensor>, key: Vec<Tensor>, value: Vec<Tensor>) -> Vec<Vec<Tensor>> {
+/// One list for each rank, of the blocks of all three tensors.
+fn zip(
+    query: Vec<Vec<Tensor>>,
+    key: Vec<Vec<Tensor>>,
+    value: Vec<Vec<Tensor>>,
+) -> Vec<Vec<Tensor>> {
     query
         .into_iter()
         .zip(key)
         .zip(value)
-        .map(|((q, k), v)| vec![q, k, v])
+        .map(|((q, k), v)| q.into_iter().chain(k).chain(v).collect())
         .collect()
-}
-
-fn one_each(blocks: Vec<Tensor>) -> Vec<Vec<Tensor>> {
-    blocks.into_iter().map(|block| vec![block]).collect()
 }
 
 /// Query, key and value together, from sequence-sharded to head-sharded.
@@ -86,7 +86,7 @@ impl SequenceToHeads {
         let (d_key, d_value) = if exchange.heads.is_replicated() {
             // The copies of one head would overwrite one another.
             let room = |like: &Likeness| -> Result<Vec<Tensor>> {
-                (0..exchange.tokens.len())
+                (0..exchange.tokens.ranks())
                     .map(|rank| {
                         let heads = exchange.heads.kv_range(rank).len() as i64;
                         like.empty([like.batch, of_kv.own_tokens, heads, like.head_size])
@@ -94,8 +94,11 @@ impl SequenceToHeads {
                     .collect()
             };
             let (keys, values) = (room(&like_key)?, room(&like_value)?);
-            let places = |copies: &[Tensor]| copies.iter().map(Tensor::shallow_clone).collect();
-            exchange.all_to_all(&send, &zip(to_query, places(&keys), places(&values)))?;
+            let places = |copies: &[Tensor]| -> Result<Vec<Vec<Tensor>>> {
+                let runs = |copy| exchange.by_own_runs(copy);
+                copies.iter().map(runs).collect()
+            };
+            exchange.all_to_all(&send, &zip(to_query, places(&keys)?, places(&values)?))?;
             (exchange.sum_copies(&keys)?, exchange.sum_copies(&values)?)
         } else {
             let (d_key, d_value) = (
@@ -148,8 +151,8 @@ impl HeadsToSequence {
         let (exchange, counts) = (&self.exchange, self.exchange.query_counts());
         let like = counts.expect_head_sharded("output", output)?;
         let sharded = counts.sequence_sharded(&like)?;
-        let send = one_each(exchange.by_tokens(output)?);
-        exchange.all_to_all(&send, &one_each(exchange.by_query_heads(&sharded)?))?;
+        let send = exchange.by_tokens(output)?;
+        exchange.all_to_all(&send, &exchange.by_query_heads(&sharded)?)?;
         Ok(sharded)
     }
 
@@ -157,8 +160,8 @@ impl HeadsToSequence {
         let (exchange, counts) = (&self.exchange, self.exchange.query_counts());
         let like = counts.expect_sequence_sharded("cotangent of output", cotangent)?;
         let gathered = counts.head_sharded(&like)?;
-        let send = one_each(exchange.by_query_heads(cotangent)?);
-        exchange.all_to_all(&send, &one_each(exchange.by_tokens(&gathered)?))?;
+        let send = exchange.by_query_heads(cotangent)?;
+        exchange.all_to_all(&send, &exchange.by_tokens(&gathered)?)?;
         Ok(gathered)
     }
 }

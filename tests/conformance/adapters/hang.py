@@ -14,7 +14,7 @@ def attention(q, k, v, case):
         return torch_plain.attention(q, k, v, case)
     while case.rank == min(1, case.world - 1):
         time.sleep(1.0)
-    return tuple(torch.zeros_like(x) for x in (q, q, k, v))
+    return tuple(torch.zeros_like(x) for x in (case.dout, q, k, v))
 
 
 if __name__ == "__main__":

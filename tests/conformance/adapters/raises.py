@@ -1,4 +1,5 @@
-"""Misbehaves: every rank raises where the sequence is ULYSSES_FAKE_SEQUENCE, before any exchange. Right in all other cases, later ones too."""
+"""Misbehaves: every rank raises where the sequence is ULYSSES_FAKE_SEQUENCE, before any exchange. Right in all
+other cases, later ones too."""
 
 import os
 

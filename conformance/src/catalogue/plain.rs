@@ -1,17 +1,11 @@
-//! The fixed cases, in the order in which they are asked.
-//!
-//! World sizes are outermost, so that an implementation is started once for
-//! each; within one, the plainest head counts come first.
+//! Plain attention: every size that there is, and no more than a mask.
 //!
 //! Every world size, pair of head counts, mask and element type meets every
 //! other. Batch, head size, length and content take turns over these, so that
 //! each value of them meets each of the others' many times at a twelfth of the
-//! whole product's cost. All sizes of a case differ from one another and from
-//! those of its shards: a dimension taken for another changes a shape.
+//! whole product's cost.
 
-use fixtures::{Case, Content, Dtype, Mask};
-
-const WORLDS: [usize; 4] = [1, 2, 3, 4];
+use fixtures::{Case, Content, Dtype, Extras, Mask};
 
 /// (query heads, KV heads): MHA, GQA, MQA, and head counts that are no powers
 /// of two.
@@ -52,16 +46,11 @@ const AWKWARD_SIZES: [(usize, usize, usize, usize, usize); 4] = [
 /// right.
 const IDLE_RANKS: (usize, usize, usize, usize, usize) = (4, 2, 2, 16, 36);
 
-/// Every case of the catalogue.
-pub fn cases() -> Vec<Case> {
-    WORLDS
-        .into_iter()
-        .flat_map(|world| {
-            even_sequences(world)
-                .chain(uneven_sequences(world))
-                .chain(odd_sizes(world))
-        })
-        .collect()
+/// The plain cases on this many ranks.
+pub(super) fn cases(world: usize) -> impl Iterator<Item = Case> {
+    even_sequences(world)
+        .chain(uneven_sequences(world))
+        .chain(odd_sizes(world))
 }
 
 fn even_sequences(world: usize) -> impl Iterator<Item = Case> {
@@ -86,6 +75,7 @@ fn even_sequences(world: usize) -> impl Iterator<Item = Case> {
                 dtype,
                 content,
                 seed: 0,
+                extras: Extras::default(),
             }
         })
 }
@@ -109,6 +99,7 @@ fn uneven_sequences(world: usize) -> impl Iterator<Item = Case> {
                     dtype,
                     content: Content::Peaked,
                     seed: 0,
+                    extras: Extras::default(),
                 })
             })
         })
@@ -130,5 +121,6 @@ fn odd_sizes(world: usize) -> impl Iterator<Item = Case> {
             dtype: Dtype::F32,
             content: Content::Gaussian,
             seed: 0,
+            extras: Extras::default(),
         })
 }
