@@ -244,6 +244,20 @@ fn gradients_over_the_number_of_ranks_fail_at_more_than_one() {
     );
 }
 
+/// Who looks at memory and not at strides is right where they say the same, and
+/// who does more the second time is right where forward runs once.
+#[rstest]
+#[case::strides("reads_contiguous.py", &["transposed", "packed", "expanded"])]
+#[case::calls("counts_calls.py", &["recompute"])]
+fn what_plain_inputs_hide_fails_where_it_shows(#[case] adapter: &str, #[case] parts: &[&str]) {
+    let plain = "attention/p2-b2-s20-hq4-hkv4-d8-causal-f32-gaussian-seed0";
+    let mut cases = vec![plain.to_owned()];
+    cases.extend(parts.iter().map(|part| format!("{plain}-{part}")));
+    let run = judged(&fake(adapter), &cases, &[]);
+    assert_eq!(run.named("exact"), [plain], "{}", run.stdout);
+    assert_eq!(run.named("fail"), cases[1..], "{}", run.stdout);
+}
+
 fn run_fake(adapter: &str, filter: &str) -> Run {
     program()
         .args(["run", "--launch", &fake(adapter), "--filter", filter])

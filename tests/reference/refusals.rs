@@ -356,6 +356,32 @@ fn a_setting_that_differs_on_one_rank_is_named_on_all(
     );
 }
 
+#[rstest]
+#[case(
+    1,
+    "rank 1: `slopes` is given, but rank 0 gives none; give it on every rank or on none"
+)]
+#[case(
+    0,
+    "rank 1: `slopes` is missing, but rank 0 gives it; give it on every rank or on none"
+)]
+fn what_one_rank_alone_brings_is_named_on_all(#[case] who: usize, #[case] text: &str) {
+    let errors = on_ranks(2, |communicator| {
+        let slopes = of([4]);
+        let call = ulysses::Call {
+            slopes: (communicator.rank() == who).then_some(&slopes),
+            ..ulysses::Call::default()
+        };
+        let x = of([2, 3, 4, 8]);
+        let attention = UlyssesAttention::new(communicator, Options::default());
+        attention.forward_with(&x, &x, &x, &call).unwrap_err()
+    });
+    assert!(
+        errors.iter().all(|error| error.to_string() == text),
+        "{errors:?}"
+    );
+}
+
 #[test]
 fn a_shard_of_another_length_than_the_sharding_gives_is_refused() {
     let errors = on_ranks(2, |communicator| {

@@ -8,8 +8,8 @@ use rstest::rstest;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 use ulysses::{
-    Call, CountingCommunicator, Documents, Mask, Options, Score, Traffic, UlyssesAttention,
-    cross_attention,
+    Call, CountingCommunicator, Documents, Exchange, HeadPartition, Mask, Options, Score, Sharding,
+    TokenPartition, Traffic, UlyssesAttention, cross_attention,
 };
 use world::{leaf, noise, on_ranks};
 
@@ -168,6 +168,36 @@ fn forward_and_backward_move_what_they_must(
         let leaves = [&query, &key, &value];
         let _ = Tensor::run_backward(&[output.sum(kind)], &leaves, false, false);
         assert_eq!(counter.traffic(), due_backward, "backward");
+    });
+}
+
+/// Counts of two models, worked out by hand from DeepSpeed's exchange: f32, two
+/// sequences of 1024 tokens, 8 heads; and bf16, one of 4096, 8 and 2 heads, of
+/// which each goes to two ranks.
+#[rstest]
+#[case::multi_head(Kind::Float, [2, 1024, 8, 8], 4_194_304, 3_145_728)]
+#[case::replicated(Kind::BFloat16, [1, 4096, 8, 2], 3_145_728, 2_359_296)]
+fn models_move_the_bytes_that_are_worked_out_by_hand(
+    #[case] kind: Kind,
+    #[case] sizes: [i64; 4],
+    #[case] bytes: u64,
+    #[case] off_rank: u64,
+) {
+    let [batch, tokens, query_heads, kv_heads] = sizes;
+    on_ranks(4, |communicator| {
+        let counter = Arc::new(CountingCommunicator::new(communicator));
+        let heads = HeadPartition::new(query_heads as usize, kv_heads as usize, 4).unwrap();
+        let shards = [tokens as usize / 4; 4];
+        let shards = TokenPartition::new(Sharding::Contiguous, &shards).unwrap();
+        let exchange = Exchange::new(counter.clone(), shards, heads).unwrap();
+        let of = |heads| Tensor::zeros([batch, tokens / 4, heads, 64], (kind, Device::Cpu));
+        let (query, _, _) = exchange
+            .sequence_to_heads(&of(query_heads), &of(kv_heads), &of(kv_heads))
+            .unwrap();
+        let _ = exchange.heads_to_sequence(&query).unwrap();
+        let traffic = counter.traffic();
+        assert_eq!(traffic.all_to_all_bytes, bytes);
+        assert_eq!(traffic.off_rank_bytes, off_rank);
     });
 }
 

@@ -220,6 +220,7 @@ fn beside(call: &Descriptor, first: &Descriptor) -> Result<(), Fault> {
             "record gradients on every rank or on none",
         );
     }
+    side::beside(&call.side, &first.side)?;
     let mut pairs = call.settings.iter().zip(&first.settings);
     match pairs.find(|(setting, of_first)| setting.word != of_first.word) {
         None => Ok(()),

@@ -212,7 +212,17 @@ impl SideTensors {
         )
     }
 
-    fn all(&self) -> [TensorDescriptor; SIDE_TENSORS] {
+    /// The arguments that these are, in the order of [`all`](Self::all).
+    pub(super) const NAMES: [&'static str; SIDE_TENSORS] = [
+        "position_ids",
+        "attention_mask",
+        "slopes",
+        "sinks",
+        "query_norm",
+        "key_norm",
+    ];
+
+    pub(super) fn all(&self) -> [TensorDescriptor; SIDE_TENSORS] {
         [
             self.position_ids,
             self.attention_mask,

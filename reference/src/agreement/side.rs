@@ -1,7 +1,7 @@
 //! Whether what a rank's call brings beside query, key and value fits them.
 
 use super::check::{BATCH, Fault, HEAD_SIZE, HEADS, TOKENS, fault};
-use super::descriptor::{Descriptor, FLOATS, TensorDescriptor};
+use super::descriptor::{Descriptor, FLOATS, SideTensors, TensorDescriptor};
 use crate::{
     call::{Call, Documents},
     core_attention::BlockLayout,
@@ -70,6 +70,24 @@ pub(super) fn alone(
         ),
         _ => Ok(()),
     }
+}
+
+/// What one rank's call shows beside that of rank 0.
+pub(super) fn beside(side: &SideTensors, of_first: &SideTensors) -> Result<(), Fault> {
+    let pairs = side.all().into_iter().zip(of_first.all());
+    for (argument, (tensor, of_first)) in SideTensors::NAMES.into_iter().zip(pairs) {
+        let problem = match (tensor.dimensions, of_first.dimensions) {
+            (None, Some(_)) => "is missing, but rank 0 gives it",
+            (Some(_), None) => "is given, but rank 0 gives none",
+            _ => continue,
+        };
+        return fault(
+            argument,
+            problem.to_owned(),
+            "give it on every rank or on none",
+        );
+    }
+    Ok(())
 }
 
 /// What only the whole sequence decides.
