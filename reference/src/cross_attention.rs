@@ -10,7 +10,7 @@
 use crate::{
     call::Call,
     core_attention::Mask,
-    error::{Error, Refusal, Result},
+    error::{Result, refuse},
     head_partition::HeadPartition,
     local_attention::attend,
     options::Options,
@@ -85,17 +85,8 @@ fn check_meaning(call: &Call<'_>, options: &Options) -> Result<()> {
     match of_one_sequence.into_iter().find(|&(_, given)| given) {
         None => Ok(()),
         Some((argument, _)) => {
-            let problem = "has no meaning in attention to another sequence".to_owned();
+            let problem = "has no meaning in attention to another sequence";
             refuse(argument, problem, "leave it out")
         }
     }
-}
-
-fn refuse(argument: &'static str, problem: String, remedy: &str) -> Result<()> {
-    Err(Error::from(Refusal {
-        rank: None,
-        argument,
-        problem,
-        remedy: remedy.to_owned(),
-    }))
 }

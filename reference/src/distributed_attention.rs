@@ -9,7 +9,7 @@ use crate::{
     agreement::{self, Agreed},
     call::Call,
     communicator::Communicator,
-    error::{Error, Refusal, Result},
+    error::{Error, Refusal, Result, refuse},
     exchange::Exchange,
     head_partition::HeadMap,
     options::Options,
@@ -58,12 +58,11 @@ where
         let mut others = (0..4).filter(|&dimension| dimension != scatter && dimension != gather);
         let (batch, head_size) = (others.next(), others.next());
         let (Some(batch), Some(head_size), None) = (batch, head_size, others.next()) else {
-            return Err(Error::from(Refusal {
-                rank: None,
-                argument: "scatter",
-                problem: format!("is {scatter} and `gather` is {gather}"),
-                remedy: "give two different dimensions of 0, 1, 2 and 3".to_owned(),
-            }));
+            return refuse(
+                "scatter",
+                format!("is {scatter} and `gather` is {gather}"),
+                "give two different dimensions of 0, 1, 2 and 3",
+            );
         };
         Ok(Self {
             communicator,

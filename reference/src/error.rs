@@ -77,6 +77,20 @@ pub struct Refusal {
     pub remedy: String,
 }
 
+/// A refusal for which no single rank is to blame.
+pub(crate) fn refuse<T>(
+    argument: &'static str,
+    problem: impl Into<String>,
+    remedy: impl Into<String>,
+) -> Result<T> {
+    Err(Error::from(Refusal {
+        rank: None,
+        argument,
+        problem: problem.into(),
+        remedy: remedy.into(),
+    }))
+}
+
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(rank) = self.rank {

@@ -23,7 +23,7 @@ mod shapes;
 use crate::{
     autograd::apply,
     communicator::Communicator,
-    error::{Error, Refusal, Result},
+    error::{Error, Result, refuse},
     head_partition::HeadPartition,
     token_partition::TokenPartition,
 };
@@ -57,19 +57,11 @@ impl Exchange {
         heads: HeadPartition,
     ) -> Result<Self> {
         let size = communicator.size();
-        let refuse = |argument, ranks| {
-            Error::from(Refusal {
-                rank: None,
-                argument,
-                problem: format!("is for {ranks} ranks, but the communicator has {size}"),
-                remedy: "describe every rank once".to_owned(),
-            })
-        };
-        if tokens.ranks() != size {
-            return Err(refuse("tokens", tokens.ranks()));
-        }
-        if heads.ranks() != size {
-            return Err(refuse("heads", heads.ranks()));
+        for (argument, ranks) in [("tokens", tokens.ranks()), ("heads", heads.ranks())] {
+            if ranks != size {
+                let problem = format!("is for {ranks} ranks, but the communicator has {size}");
+                return refuse(argument, problem, "describe every rank once");
+            }
         }
         Ok(Self {
             communicator,

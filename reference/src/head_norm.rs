@@ -8,7 +8,7 @@
 //! Source: Zhang and Sennrich, "Root Mean Square Layer Normalization",
 //! arXiv:1910.07467; for queries and keys Henry et al., arXiv:2010.04245.
 
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Result, refuse};
 use tch::{Kind, Tensor};
 
 /// `x` [B, S, H, D] with each head divided by `sqrt(mean(x^2) + epsilon)` over
@@ -34,18 +34,10 @@ pub fn normalize_heads(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tens
 }
 
 fn check(x: &Tensor, weight: &Tensor, kind: Kind, epsilon: f64) -> Result<()> {
-    let refuse = |argument, problem, remedy| {
-        Err(Error::from(Refusal {
-            rank: None,
-            argument,
-            problem,
-            remedy,
-        }))
-    };
     let size = x.size();
     let &[_, _, heads, head_size] = &size[..] else {
         let problem = format!("has shape {size:?}");
-        let remedy = "give [batch, tokens, heads, head size]".to_owned();
+        let remedy = "give [batch, tokens, heads, head size]";
         return refuse("x", problem, remedy);
     };
     if weight.size() != [heads, head_size] || weight.f_kind()? != kind {
@@ -59,7 +51,7 @@ fn check(x: &Tensor, weight: &Tensor, kind: Kind, epsilon: f64) -> Result<()> {
     }
     if !(epsilon.is_finite() && epsilon >= 0.0) {
         let problem = format!("is {epsilon}");
-        return refuse("epsilon", problem, "give a number from zero on".to_owned());
+        return refuse("epsilon", problem, "give a number from zero on");
     }
     Ok(())
 }

@@ -12,7 +12,7 @@
 //!   contiguous, for that map never falls. A KV head that several ranks need
 //!   is *replicated*: its tokens are sent to each of them.
 
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Result, refuse};
 use std::ops::Range;
 
 /// The heads of every rank, for one choice of query heads, KV heads and ranks.
@@ -32,26 +32,18 @@ impl HeadPartition {
     /// Refused when a count is zero, when the query heads are not a multiple of
     /// the KV heads, or when a rank would be left without a query head.
     pub fn new(query_heads: usize, kv_heads: usize, ranks: usize) -> Result<Self> {
-        let refuse = |argument, problem, remedy| {
-            Err(Error::from(Refusal {
-                rank: None,
-                argument,
-                problem,
-                remedy,
-            }))
-        };
         if query_heads == 0 || kv_heads == 0 || ranks == 0 {
             return refuse(
                 "query",
                 format!("has {query_heads} heads for {kv_heads} KV heads and {ranks} ranks"),
-                "give at least one of each".to_owned(),
+                "give at least one of each",
             );
         }
         if !query_heads.is_multiple_of(kv_heads) {
             return refuse(
                 "query",
                 format!("has {query_heads} heads, which is no multiple of the {kv_heads} KV heads"),
-                "give every KV head the same number of query heads".to_owned(),
+                "give every KV head the same number of query heads",
             );
         }
         if ranks > query_heads {

@@ -13,7 +13,7 @@
 //! Embedding", arXiv:2104.09864; for sections Wang et al., "Qwen2-VL",
 //! arXiv:2409.12191, section 2.1.
 
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Result, refuse};
 use tch::{Kind, Tensor};
 
 /// How positions become angles.
@@ -95,7 +95,7 @@ fn check(x: &Tensor, position_ids: &Tensor, rotary: &Rotary) -> Result<i64> {
     if position_ids.size() != due || position_ids.f_kind()? != Kind::Int64 {
         let (size, kind) = (position_ids.size(), position_ids.f_kind()?);
         let problem = format!("has shape {size:?} and kind {kind:?}");
-        return refuse("position_ids", problem, &format!("give {due:?} of int64"));
+        return refuse("position_ids", problem, format!("give {due:?} of int64"));
     }
     Ok(head_size / 2)
 }
@@ -117,18 +117,9 @@ impl Rotary {
             Some(sections) if sections.iter().sum::<usize>() as i64 != half => refuse(
                 "rotary",
                 format!("has the sections {sections:?}"),
-                &format!("give three that are {half} channel pairs in all"),
+                format!("give three that are {half} channel pairs in all"),
             ),
             _ => Ok(()),
         }
     }
-}
-
-fn refuse<T>(argument: &'static str, problem: String, remedy: &str) -> Result<T> {
-    Err(Error::from(Refusal {
-        rank: None,
-        argument,
-        problem,
-        remedy: remedy.to_owned(),
-    }))
 }

@@ -8,7 +8,7 @@
 use crate::{
     call::{Call, Documents},
     communicator::Communicator,
-    error::{Error, Refusal, Result},
+    error::{Result, refuse},
     options::Options,
     token_partition::TokenPartition,
 };
@@ -151,15 +151,14 @@ fn real_tokens((row, mask): (usize, &[i64])) -> Result<Range<usize>> {
         .map_or(first, |last| last + 1);
     match mask[first..past].iter().position(|word| !is_real(word)) {
         None => Ok(first..past),
-        Some(hole) => Err(Error::from(Refusal {
-            rank: None,
-            argument: "attention_mask",
-            problem: format!(
+        Some(hole) => refuse(
+            "attention_mask",
+            format!(
                 "has padding at token {} of batch row {row}, between real tokens",
                 first + hole
             ),
-            remedy: "put padding before or after the real tokens".to_owned(),
-        })),
+            "put padding before or after the real tokens",
+        ),
     }
 }
 

@@ -10,7 +10,7 @@
 //! of the work. Ulysses needs neither, but models are sharded once for all of
 //! their layers.
 
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, Refusal, Result, refuse};
 
 /// How a sequence is cut into shards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -53,12 +53,11 @@ impl TokenPartition {
     pub fn new(sharding: Sharding, tokens: &[usize]) -> Result<Self> {
         let total: usize = tokens.iter().sum();
         if total == 0 {
-            return Err(Error::from(Refusal {
-                rank: None,
-                argument: "query",
-                problem: "has no token on any rank".to_owned(),
-                remedy: "give at least one rank a token".to_owned(),
-            }));
+            return refuse(
+                "query",
+                "has no token on any rank",
+                "give at least one rank a token",
+            );
         }
         let runs = match sharding {
             Sharding::Contiguous => contiguous(tokens),

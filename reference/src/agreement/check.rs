@@ -11,7 +11,7 @@ use super::{
 use crate::{
     call::Call,
     core_attention,
-    error::{Error, Refusal, Result},
+    error::{Refusal, Result, refuse},
     head_partition::HeadPartition,
     options::{Options, SequenceLength},
     token_partition::TokenPartition,
@@ -38,29 +38,29 @@ pub(super) fn check(
     options: &Options,
     call: &Call<'_>,
 ) -> Result<Agreed> {
-    let refuse = |rank| {
+    let of_rank = |rank| {
         move |(argument, problem, remedy)| Refusal {
-            rank,
+            rank: Some(rank),
             argument,
             problem,
             remedy,
         }
     };
     for (rank, one) in descriptors.iter().enumerate() {
-        alone(one).map_err(refuse(Some(rank)))?;
+        alone(one).map_err(of_rank(rank))?;
     }
     for (rank, one) in descriptors.iter().enumerate().skip(1) {
-        beside(one, &descriptors[0]).map_err(refuse(Some(rank)))?;
+        beside(one, &descriptors[0]).map_err(of_rank(rank))?;
     }
     // From here on `options` and `call` are those of every rank, but for what
     // no setting holds.
     settings(&descriptors[0], options, call)?;
     for (rank, one) in descriptors.iter().enumerate() {
-        side::alone(one, options, call).map_err(refuse(Some(rank)))?;
+        side::alone(one, options, call).map_err(of_rank(rank))?;
     }
     let agreed = together(descriptors, options)?;
     for (rank, one) in descriptors.iter().enumerate() {
-        side::together(one, agreed.tokens.total(), call).map_err(refuse(Some(rank)))?;
+        side::together(one, agreed.tokens.total(), call).map_err(of_rank(rank))?;
     }
     Ok(agreed)
 }
@@ -253,14 +253,6 @@ fn settings(descriptor: &Descriptor, options: &Options, call: &Call<'_>) -> Resu
     let Some(layers) = options.skip_all_but_last else {
         return Ok(());
     };
-    let refuse = |argument, problem, remedy: &str| {
-        Err(Error::from(Refusal {
-            rank: None,
-            argument,
-            problem,
-            remedy: remedy.to_owned(),
-        }))
-    };
     if call.layer >= layers {
         let problem = format!(
             "is {}, but `skip_all_but_last` tells of {layers} layers",
@@ -286,17 +278,15 @@ fn together(calls: &[Descriptor], options: &Options) -> Result<Agreed> {
     let (query, key) = (calls[0].query(), calls[0].key());
     let heads = HeadPartition::new(length(query, HEADS), length(key, HEADS), calls.len())?;
     if !heads.is_even() && !options.uneven_heads {
-        return Err(Error::from(Refusal {
-            rank: None,
-            argument: "query",
-            problem: format!(
+        return refuse(
+            "query",
+            format!(
                 "has {} heads, which {} ranks cannot share evenly",
                 heads.query_heads(),
                 heads.ranks()
             ),
-            remedy: "use a number of ranks that divides the heads, or set `uneven_heads`"
-                .to_owned(),
-        }));
+            "use a number of ranks that divides the heads, or set `uneven_heads`",
+        );
     }
     let tokens: Vec<usize> = calls
         .iter()
@@ -305,15 +295,14 @@ fn together(calls: &[Descriptor], options: &Options) -> Result<Agreed> {
     let tokens = TokenPartition::new(options.sharding, &tokens)?;
     match options.sequence_length {
         SequenceLength::Fixed { global, .. } if global != tokens.total() => {
-            return Err(Error::from(Refusal {
-                rank: None,
-                argument: "query",
-                problem: format!(
+            return refuse(
+                "query",
+                format!(
                     "has {} tokens on all ranks, but the length is fixed at {global}",
                     tokens.total()
                 ),
-                remedy: "give as many, or let the length vary".to_owned(),
-            }));
+                "give as many, or let the length vary",
+            );
         }
         _ => {}
     }

@@ -5,7 +5,7 @@
 //! arXiv:1604.06174.
 
 use super::{Function, apply};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Result, refuse};
 use tch::Tensor;
 
 /// Runs `function` on `inputs`, and again in backward, so that between the two
@@ -90,12 +90,11 @@ impl Kept {
         let now = versions(&self.tensors)?;
         match (0..now.len()).find(|&i| now[i] != self.versions[i]) {
             None => Ok(&self.tensors),
-            Some(i) => Err(Error::from(Refusal {
-                rank: None,
-                argument: "inputs",
-                problem: format!("has a tensor at position {i} that was changed in place"),
-                remedy: "run backward before changing it".to_owned(),
-            })),
+            Some(i) => refuse(
+                "inputs",
+                format!("has a tensor at position {i} that was changed in place"),
+                "run backward before changing it",
+            ),
         }
     }
 }

@@ -19,7 +19,7 @@ mod ffi;
 pub use checkpoint::checkpoint;
 pub(crate) use checkpoint::{Kept, pull_back};
 
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Result, refuse};
 use tch::Tensor;
 
 /// An operation that brings its own derivative.
@@ -36,7 +36,7 @@ pub trait Function: Send + 'static {
     ///
     /// # Errors
     /// Whatever went wrong; [`apply`] returns it as it is. A panic becomes
-    /// [`Error::Panicked`].
+    /// [`Error::Panicked`](crate::Error::Panicked).
     fn forward(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>>;
 
     /// The cotangent of each input, in order, from one cotangent for each
@@ -62,12 +62,11 @@ pub trait Function: Send + 'static {
 /// error of libtorch.
 pub fn apply(function: impl Function, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     if let Some(position) = inputs.iter().position(|input| !input.defined()) {
-        return Err(Error::from(Refusal {
-            rank: None,
-            argument: "inputs",
-            problem: format!("has an undefined tensor at position {position}"),
-            remedy: "give a tensor that holds data".to_owned(),
-        }));
+        return refuse(
+            "inputs",
+            format!("has an undefined tensor at position {position}"),
+            "give a tensor that holds data",
+        );
     }
     ffi::apply(function, inputs)
 }

@@ -2,7 +2,7 @@
 
 use super::{Dropout, Mask, Score, Structure};
 use crate::{
-    error::{Error, Refusal, Result},
+    error::{Result, refuse},
     head_partition::HeadMap,
 };
 use std::ops::Range;
@@ -66,7 +66,7 @@ pub(crate) fn check_numbers(score: &Score, dropout: Option<Dropout>) -> Result<(
         return refuse("scale", problem, "give a finite scale, or none");
     }
     if score.window == Some(0) {
-        let problem = "is 0, so that no token would see even itself".to_owned();
+        let problem = "is 0, so that no token would see even itself";
         return refuse("window", problem, "give at least 1, or none");
     }
     if let Some(softcap) = score.softcap.filter(|&cap| !(cap.is_finite() && cap > 0.0)) {
@@ -146,13 +146,4 @@ fn expect(argument: &'static str, tensor: &Tensor, due: &[i64]) -> Result<()> {
     }
     let problem = format!("has shape {size:?}");
     refuse(argument, problem, format!("give {due:?}"))
-}
-
-fn refuse<T>(argument: &'static str, problem: String, remedy: impl Into<String>) -> Result<T> {
-    Err(Error::from(Refusal {
-        rank: None,
-        argument,
-        problem,
-        remedy: remedy.into(),
-    }))
 }

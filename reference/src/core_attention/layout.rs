@@ -1,6 +1,6 @@
 //! Block-sparse layouts: which blocks of keys the blocks of queries see.
 
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Result, refuse};
 use std::ops::Range;
 use tch::Tensor;
 
@@ -25,17 +25,9 @@ impl BlockLayout {
     /// # Errors
     /// Refused when `visible` has another shape, or `block` is zero.
     pub fn new(visible: &Tensor, block: usize) -> Result<Self> {
-        let refuse = |problem, remedy: &str| {
-            Err(Error::from(Refusal {
-                rank: None,
-                argument: "layout",
-                problem,
-                remedy: remedy.to_owned(),
-            }))
-        };
         if block == 0 {
             let problem = "has blocks of 0 tokens".to_owned();
-            return refuse(problem, "give blocks of at least one token");
+            return refuse("layout", problem, "give blocks of at least one token");
         }
         match visible.size()[..] {
             [heads, blocks, columns] if blocks == columns => Ok(Self {
@@ -45,6 +37,7 @@ impl BlockLayout {
                 visible: Vec::try_from(visible.f_ne(0)?.f_flatten(0, -1)?)?,
             }),
             ref size => refuse(
+                "layout",
                 format!("has shape {size:?}"),
                 "give [query heads, blocks, blocks]",
             ),
@@ -63,12 +56,11 @@ impl BlockLayout {
                 visible: visible.to_vec(),
                 ..*self
             }),
-            None => Err(Error::from(Refusal {
-                rank: None,
-                argument: "layout",
-                problem: format!("has {} heads, none of which are {heads:?}", self.heads),
-                remedy: "give one for each query head".to_owned(),
-            })),
+            None => refuse(
+                "layout",
+                format!("has {} heads, none of which are {heads:?}", self.heads),
+                "give one for each query head",
+            ),
         }
     }
 

@@ -1,7 +1,7 @@
 //! The shapes on both sides of an exchange: [B, s, H, D], sequence-sharded,
 //! and [B, h, S, D], head-sharded.
 
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Result, refuse};
 use tch::{Device, Kind, Tensor};
 
 /// One kind of head on one rank, before and after the exchange.
@@ -61,11 +61,10 @@ fn expect(argument: &'static str, given: &Tensor, middle: [i64; 2]) -> Result<Li
             head_size,
             options: (given.f_kind()?, given.device()),
         }),
-        ref size => Err(Error::from(Refusal {
-            rank: None,
+        ref size => refuse(
             argument,
-            problem: format!("has shape {size:?}"),
-            remedy: format!("give [batch, {}, {}, head size]", middle[0], middle[1]),
-        })),
+            format!("has shape {size:?}"),
+            format!("give [batch, {}, {}, head size]", middle[0], middle[1]),
+        ),
     }
 }
