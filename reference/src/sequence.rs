@@ -190,3 +190,47 @@ fn meet(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
+    use super::*;
+
+    #[test]
+    fn a_document_begins_where_positions_do_not_go_up_by_one() {
+        assert_eq!(restarts(&[0, 1, 2]), [0..3]);
+        // Of one token, twice, and one that begins anywhere.
+        assert_eq!(restarts(&[0, 0, 0, 1, 7, 8]), [0..1, 1..2, 2..4, 4..6]);
+        assert_eq!(restarts(&[3, 4, 4]), [0..2, 2..3]);
+    }
+
+    #[test]
+    fn a_document_without_a_token_is_none() {
+        assert_eq!(runs(&[2, 2, 5]), [0..2, 2..5]);
+    }
+
+    #[test]
+    fn padding_is_cut_off_documents() {
+        let documents = || Some(vec![vec![0..2, 2..5, 5..6]]);
+        assert_eq!(
+            meet(documents(), Some(vec![1..4])),
+            Some(vec![vec![1..2, 2..4]])
+        );
+        assert_eq!(
+            meet(documents(), Some(vec![2..6])),
+            Some(vec![vec![2..5, 5..6]])
+        );
+        assert_eq!(
+            meet(None, Some(vec![1..4, 0..0])),
+            Some(vec![vec![1..4], vec![]])
+        );
+        assert_eq!(meet(None, None), None);
+    }
+
+    #[test]
+    fn real_tokens_are_side_by_side() {
+        assert_eq!(real_tokens((0, &[0, 1, 1, 0])).unwrap(), 1..3);
+        assert_eq!(real_tokens((0, &[0, 0])).unwrap(), 0..0);
+        assert!(real_tokens((0, &[1, 0, 1])).is_err());
+    }
+}

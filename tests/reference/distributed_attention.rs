@@ -39,6 +39,7 @@ fn core(
 #[case::batch_first(2, 1, [0, 2, 1, 3])]
 #[case::heads_before_the_sequence(1, 2, [0, 1, 2, 3])]
 #[case::head_size_before_the_heads(3, 0, [2, 0, 3, 1])]
+#[case::sequence_last(1, 3, [0, 1, 3, 2])]
 fn any_layout_says_what_ulysses_attention_says(
     #[case] scatter: usize,
     #[case] gather: usize,
