@@ -236,6 +236,8 @@ def _fork_ranks(folder: Path, session: dict, run: Callable[[int, int, int], int]
             failures.append("the judge is gone")
     if failures:
         print("ulysses_kit: " + ", ".join(failures), file=sys.stderr, flush=True)
+    if ranks:
+        time.sleep(0.2)  # the judge sees who ended by itself, before the others are ended too
     for end in (signal.SIGTERM, signal.SIGKILL) if ranks else ():  # the first has them write their stacks
         for pid in ranks:
             os.kill(pid, end)
