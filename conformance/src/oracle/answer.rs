@@ -103,6 +103,24 @@ pub struct Answer<T> {
 }
 
 impl<T> Answer<T> {
+    /// The four tensors of every answer, and those gradients of head state that
+    /// there are, in the order of [`AnswerTensor::ALL`].
+    pub(crate) fn new([out, dq, dk, dv]: [T; 4], head_state: [Option<T>; 4]) -> Answer<T> {
+        let names = AnswerTensor::ALL
+            .into_iter()
+            .skip(AnswerTensor::ALWAYS.len());
+        Answer {
+            out,
+            dq,
+            dk,
+            dv,
+            head_state: names
+                .zip(head_state)
+                .filter_map(|(name, tensor)| Some((name, tensor?)))
+                .collect(),
+        }
+    }
+
     /// The tensors that the answer has, in the order of [`AnswerTensor::ALL`].
     pub fn iter(&self) -> impl Iterator<Item = (AnswerTensor, &T)> {
         let always = [&self.out, &self.dq, &self.dk, &self.dv];

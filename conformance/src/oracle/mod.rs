@@ -196,22 +196,9 @@ fn solve(
         true => Ok(None),
         false => Tensor::f_cat(blocks, 2).map(Some),
     };
-    let head_state = [
-        (AnswerTensor::SlopesGradient, whole(&dslopes)?),
-        (AnswerTensor::SinksGradient, whole(&dsinks)?),
-        (AnswerTensor::QueryNormGradient, dq_norm),
-        (AnswerTensor::KeyNormGradient, dk_norm),
-    ];
-    let answer = Answer {
-        out: Tensor::f_cat(&out, 2)?,
-        dq,
-        dk,
-        dv: sum_groups(&dv)?,
-        head_state: head_state
-            .into_iter()
-            .filter_map(|(name, tensor)| Some((name, tensor?)))
-            .collect(),
-    };
+    let (out, dv) = (Tensor::f_cat(&out, 2)?, sum_groups(&dv)?);
+    let head_state = [whole(&dslopes)?, whole(&dsinks)?, dq_norm, dk_norm];
+    let answer = Answer::new([out, dq, dk, dv], head_state);
     // [batch, heads, tokens, ..] -> [batch, tokens, heads, ..]
     let answer = answer.try_map(|_, tensor| tensor.f_transpose(1, 2))?;
     Ok((answer, deviations))

@@ -22,10 +22,10 @@ use tch::{Kind, TchError, Tensor};
 
 use self::modifiers::Modifiers;
 use self::preparation::{Prepared, leaf};
+use crate::oracle::Answer;
 use crate::oracle::rotary;
 use crate::oracle::scores::distances_of;
 use crate::oracle::visibility;
-use crate::oracle::{Answer, AnswerTensor};
 use crate::tensor;
 
 /// How attention is computed.
@@ -111,22 +111,9 @@ pub(super) fn attention(
         true => Ok(None),
         false => Tensor::f_cat(heads, 1).map(Some),
     };
-    let head_state = [
-        (AnswerTensor::SlopesGradient, all_heads(&dslopes)?),
-        (AnswerTensor::SinksGradient, all_heads(&dsinks)?),
-        (AnswerTensor::QueryNormGradient, dq_norm),
-        (AnswerTensor::KeyNormGradient, dk_norm),
-    ];
-    let answer = Answer {
-        out: Tensor::f_cat(&out, 1)?,
-        dq,
-        dk,
-        dv: Tensor::f_cat(&dv, 1)?,
-        head_state: head_state
-            .into_iter()
-            .filter_map(|(name, tensor)| Some((name, tensor?)))
-            .collect(),
-    };
+    let (out, dv) = (Tensor::f_cat(&out, 1)?, Tensor::f_cat(&dv, 1)?);
+    let head_state = [all_heads(&dslopes)?, all_heads(&dsinks)?, dq_norm, dk_norm];
+    let answer = Answer::new([out, dq, dk, dv], head_state);
     answer.try_map(|_, tensor| tensor::to_array(&tensor.f_transpose(1, 2)?, case.dtype))
 }
 
