@@ -25,6 +25,7 @@
 
 pub mod catalogue;
 pub mod command_line;
+pub mod diagnosis;
 pub mod exit_code;
 pub mod implementation;
 pub mod judge;

@@ -195,6 +195,7 @@ fn compare(
             sentence,
             details: comparison.details(case),
             comparison: Some(comparison),
+            diagnosis: None,
         }
     });
     judgements

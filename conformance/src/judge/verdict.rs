@@ -1,6 +1,7 @@
 //! What became of a case, and why.
 
 use super::Comparison;
+use crate::diagnosis::Diagnosis;
 
 /// What became of a case. A later one is graver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -78,6 +79,8 @@ pub struct Judgement {
     pub details: Vec<String>,
     /// How the answer compares, where there is one to compare.
     pub comparison: Option<Comparison>,
+    /// What was done wrong, where that shows.
+    pub diagnosis: Option<Diagnosis>,
 }
 
 impl Judgement {
@@ -88,6 +91,7 @@ impl Judgement {
             sentence: sentence.into(),
             details: Vec::new(),
             comparison: None,
+            diagnosis: None,
         }
     }
 

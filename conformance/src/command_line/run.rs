@@ -1,14 +1,14 @@
-//! The program's arguments, and what it does with them.
+//! `run`: asks implementations and judges the answers.
 
 use std::env;
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::Args;
 use fixtures::Case;
 use ulysses::Kernel;
 
+use super::print;
 use crate::implementation::{
     Bundled, Conditions, External, Implementation, Interrupt, kernel_name, kernel_parser, launch_of,
 };
@@ -16,33 +16,8 @@ use crate::report::{self, Progress};
 use crate::runner;
 use crate::{ExitCode, catalogue};
 
-/// Judges implementations of Ulysses sequence parallelism against dense
-/// attention and its gradients.
-#[derive(Debug, Parser)]
-#[command(version, after_help = EXIT_CODES)]
-pub struct Arguments {
-    #[command(subcommand)]
-    command: Command,
-}
-
-const EXIT_CODES: &str = "\
-Exit codes:
-  0    all that was asked was answered rightly, or refused where that was due
-  1    at least one case failed, crashed or hung
-  2    the command line makes no sense
-  3    no case was judged
-  4    at least one case is unclear, and none failed
-  5    something that the run needs is missing on this machine
-  130  interrupted";
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Asks implementations the cases of the catalogue and judges the answers
-    Run(RunArguments),
-}
-
 #[derive(Debug, Args)]
-struct RunArguments {
+pub(super) struct Arguments {
     /// What is judged; give it several times to judge one after the other
     #[arg(long, value_enum, value_name = "NAME", default_value = "reference")]
     implementation: Vec<Bundled>,
@@ -111,9 +86,8 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "a number of seconds above 0 is due".to_owned())
 }
 
-/// Does what the command line asks for. `program` is how it was called.
-pub fn execute(arguments: &Arguments, program: &str) -> ExitCode {
-    let Command::Run(arguments) = &arguments.command;
+/// Judges what is to be judged. `program` is how it was called.
+pub(super) fn execute(arguments: &Arguments, program: &str) -> ExitCode {
     let cases = arguments.cases();
     if cases.is_empty() {
         eprintln!(
@@ -184,19 +158,13 @@ pub fn execute(arguments: &Arguments, program: &str) -> ExitCode {
     exit_code
 }
 
-/// Prints on the standard output. That nobody reads on, as after `| head`, is no
-/// reason to end the run.
-fn print(text: &str) {
-    let _ = io::stdout().write_all(text.as_bytes());
-}
-
 /// What is to be judged, and the flags that choose it.
 struct Choice {
     implementation: Box<dyn Implementation>,
     flags: String,
 }
 
-impl RunArguments {
+impl Arguments {
     fn cases(&self) -> Vec<Case> {
         let mut cases = match self.case.as_slice() {
             [] => catalogue::cases(),

@@ -1,0 +1,47 @@
+//! The program's arguments, and what it does with them.
+
+mod run;
+
+use std::io::{self, Write};
+
+use clap::{Parser, Subcommand};
+
+use crate::ExitCode;
+
+/// Judges implementations of Ulysses sequence parallelism against dense
+/// attention and its gradients.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXIT_CODES)]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    all that was asked was answered rightly, or refused where that was due
+  1    at least one case failed, crashed or hung
+  2    the command line makes no sense
+  3    no case was judged
+  4    at least one case is unclear, and none failed
+  5    something that the run needs is missing on this machine
+  130  interrupted";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Asks implementations the cases of the catalogue and judges the answers
+    Run(run::Arguments),
+}
+
+/// Does what the command line asks for. `program` is how it was called.
+pub fn execute(arguments: &Arguments, program: &str) -> ExitCode {
+    match &arguments.command {
+        Command::Run(arguments) => run::execute(arguments, program),
+    }
+}
+
+/// Prints on the standard output. That nobody reads on, as after `| head`, is no
+/// reason to end the run.
+fn print(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes());
+}
