@@ -1,9 +1,10 @@
 //! How an answer compares with the right one.
 
+use fixtures::exchange::Precision;
 use fixtures::{Array, Case, Inputs};
 
 use super::Verdict;
-use super::dense::{self, DenseKernel};
+use super::dense;
 use super::padding::PaddingTokens;
 use super::ruler::Ruler;
 use crate::oracle::{self, Answer, AnswerTensor};
@@ -24,30 +25,39 @@ pub struct TensorComparison {
     /// SDPA's own, nor for a gradient of head state, which is a sum over ranks
     /// in no order of its own.
     pub is_exact: bool,
-    /// Its rows.
+    /// Its numbers.
+    pub numbers: usize,
+    /// Its rows: the numbers of one head of one token.
     pub rows: usize,
-    /// How many rows are further off than they may be.
+    /// How many numbers are further off than they may be.
+    pub wrong_numbers: usize,
+    /// How many rows have such a number.
     pub wrong_rows: usize,
-    /// The row that is furthest beyond what it may be off, if any is.
-    pub worst: Option<WrongRow>,
-    /// The largest ratio of a row's error to what it may be.
+    /// The number that is furthest beyond what it may be off, if any is.
+    pub worst: Option<WrongNumber>,
+    /// The largest ratio of a number's error to what it may be.
     pub tightness: f64,
+    /// How far the errors of all rows together lean to one side, relative to
+    /// what they may: above 0 towards larger numbers, below towards zero.
+    pub lean: f64,
     /// The `alpha` for which `alpha * right` is nearest to the answer, and what
     /// remains then, relative to the answer.
     pub scale: (f64, f64),
 }
 
-/// A row that is further off than it may be.
+/// A number that is further off than it may be.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct WrongRow {
-    /// Where it stands.
+pub struct WrongNumber {
+    /// The row in which it stands.
     pub place: Place,
-    /// The norm of its error.
-    pub error: f64,
-    /// What that may be.
-    pub bound: f64,
-    /// The norm of the right row.
-    pub norm: f64,
+    /// Where it stands in the row.
+    pub channel: usize,
+    /// What it is.
+    pub is: f64,
+    /// What it should be.
+    pub right: f64,
+    /// How far it may be off.
+    pub tolerance: f64,
 }
 
 /// Where a row stands.
@@ -62,78 +72,64 @@ pub enum Place {
         /// The query head, or for dk and dv the KV head.
         head: usize,
     },
-    /// One head of the gradient of a norm's weight.
+    /// One head of the gradient of what belongs to heads.
     Head(usize),
-    /// All heads of the gradient of slopes or sinks.
-    AllHeads,
 }
 
-/// What an answer to a case is measured by.
-pub(super) struct Yardstick {
+/// What answers to a case are measured by.
+pub(crate) struct Yardstick {
     padding: PaddingTokens,
     rulers: Answer<Ruler>,
 }
 
 impl Yardstick {
-    /// The right answer, and how far an honest one may be off. An error means
-    /// that there is nothing to measure by.
-    pub(super) fn of(
+    /// The right answer, and how far an honest one that rounds by this profile
+    /// may be off. An error means that there is nothing to measure by.
+    pub(crate) fn of(
         case: &Case,
         inputs: &Inputs,
+        precision: Precision,
         dropout: Option<&[f64]>,
     ) -> Result<Yardstick, String> {
-        let oracle_failed = |error| format!("the oracle failed: {error}");
-        let (right, deviations) = oracle::by_token(case, inputs, dropout).map_err(oracle_failed)?;
-        let right = right
-            .try_map(|_, tensor| oracle::elements(&tensor))
-            .map_err(oracle_failed)?;
-        let dense = |kernel: DenseKernel| {
-            dense::attention(case, inputs, kernel, dropout)
-                .map_err(|error| format!("dense {kernel:?} attention failed: {error}"))
-        };
-        let sdpa = match DenseKernel::Sdpa.answers(case) {
-            true => Some(dense(DenseKernel::Sdpa)?),
+        let (right, mut roots) = oracle::attention_rounded(case, inputs, precision, dropout)
+            .map_err(|error| format!("the oracle failed: {error}"))?;
+        let sdpa = match dense::is_dense_sdpa(case) {
+            true => Some(
+                dense::attention(case, inputs)
+                    .map_err(|error| format!("dense attention failed: {error}"))?,
+            ),
             false => None,
         };
-        let eager = dense(DenseKernel::Eager)?;
         let padding = PaddingTokens::of(case);
         let rulers = right.try_map(|name, right| {
-            let honest = |answer: &Answer<Array>| {
-                let elements = answer.get(name).map(Array::to_f64).unwrap_or_default();
-                padding.blanked(name, elements)
-            };
-            let right = padding.blanked(name, right);
-            let baselines: Vec<_> = sdpa.iter().chain([&eager]).map(honest).collect();
-            let is_usable = |baseline: &Vec<f64>| {
-                baseline.len() == right.len() && baseline.iter().all(|x| x.is_finite())
-            };
-            if !baselines.iter().all(is_usable) {
+            let roots = roots.take(name).unwrap_or_default();
+            let [right, roots] = [right, roots].map(|numbers| padding.blanked(name, numbers));
+            if !right.iter().chain(&roots).all(|number| number.is_finite()) {
+                return Err(format!("`{}` of the right answer is not finite", name.name()));
+            }
+            let sdpa = sdpa.as_ref().and_then(|sdpa| sdpa.get(name)).map(|sdpa| {
+                let numbers = padding.blanked(name, sdpa.to_f64());
+                Array::from_f64(case.dtype, &name.shape(case), &numbers)
+            });
+            if sdpa.as_ref().is_some_and(|sdpa| !sdpa.to_f64().iter().all(|x| x.is_finite())) {
                 return Err(format!(
                     "`{}` of dense attention in {} is not finite here",
                     name.name(),
                     case.dtype
                 ));
             }
-            if name.is_head_state() {
-                return Ok(Ruler::of_parts(case, name, &right, &baselines));
-            }
-            let sdpa = sdpa.as_ref().and(baselines.first());
-            let sdpa = sdpa.map(|sdpa| Array::from_f64(case.dtype, &name.shape(case), sdpa));
-            let deviations = deviations.of(name).map_err(oracle_failed)?;
-            Ok(Ruler::of_tokens(
-                case,
-                name,
-                right,
-                sdpa,
-                &baselines,
-                &deviations,
-            ))
+            Ok(Ruler::new(case, name, right, roots, sdpa))
         })?;
         Ok(Yardstick { padding, rulers })
     }
 
+    /// What one tensor is measured by, if the case has it.
+    pub(crate) fn ruler(&self, tensor: AnswerTensor) -> Option<&Ruler> {
+        self.rulers.get(tensor)
+    }
+
     /// Compares `answer`, which has every tensor in its shape.
-    pub(super) fn compare(&self, answer: &Answer<Vec<f64>>) -> Comparison {
+    pub(crate) fn compare(&self, answer: &Answer<Vec<f64>>) -> Comparison {
         let tensors = self.rulers.iter().map(|(name, ruler)| {
             let elements = answer.get(name).cloned().unwrap_or_default();
             ruler.measure(&self.padding.blanked(name, elements))
@@ -168,51 +164,80 @@ impl Comparison {
     }
 
     fn wrong(&self) -> impl Iterator<Item = &TensorComparison> {
-        self.tensors.iter().filter(|tensor| tensor.wrong_rows > 0)
+        self.tensors.iter().filter(|tensor| tensor.is_wrong())
+    }
+
+    /// How many numbers were compared.
+    pub fn numbers(&self) -> usize {
+        self.tensors.iter().map(|tensor| tensor.numbers).sum()
     }
 
     /// What is wrong, in a sentence; empty where nothing is.
     pub(super) fn sentence(&self) -> String {
-        let names: Vec<_> = self.wrong().map(|tensor| tensor.tensor.name()).collect();
+        let wrong: Vec<_> = self.wrong().collect();
+        let names: Vec<_> = wrong.iter().map(|tensor| tensor.tensor.name()).collect();
+        let is_leaning = wrong.iter().all(|tensor| tensor.wrong_numbers == 0);
+        let [one, more] = match is_leaning {
+            true => ["leans to one side", "lean to one side"],
+            false => ["is wrong", "are wrong"],
+        };
         match names.as_slice() {
             [] => String::new(),
-            [one] => format!("{one} is wrong"),
-            [more @ .., last] => format!("{} and {last} are wrong", more.join(", ")),
+            [name] => format!("{name} {one}"),
+            [names @ .., last] => format!("{} and {last} {more}", names.join(", ")),
         }
     }
 
-    /// A line for each wrong tensor, and one for its worst row.
+    /// A line for each wrong tensor, and one for its worst number.
     pub(super) fn details(&self, case: &Case) -> Vec<String> {
         self.wrong()
-            .flat_map(|tensor| [tensor.describe(), tensor.describe_worst(case)])
+            .flat_map(|tensor| [Some(tensor.describe()), tensor.describe_worst(case)])
+            .flatten()
             .collect()
     }
 }
 
 impl TensorComparison {
+    /// Whether a number is further off than it may be, or all together lean
+    /// further to one side.
+    pub fn is_wrong(&self) -> bool {
+        self.wrong_numbers > 0 || (self.lean.abs() > 1.0 && !self.is_exact)
+    }
+
     fn describe(&self) -> String {
         let (alpha, rest) = self.scale;
+        let name = self.tensor.name();
+        if self.wrong_numbers == 0 {
+            let side = if self.lean < 0.0 { "towards zero" } else { "away from zero" };
+            return format!(
+                "{name}: no number is off by more than it may, but over {} rows the errors lean \
+                 {side}, {:.1} times as far as they may",
+                self.rows,
+                self.lean.abs()
+            );
+        }
         let scale = if rest < 0.05 {
             format!("; it is {alpha:.3} times the right one")
         } else {
             String::new()
         };
-        let (wrong, rows, name) = (self.wrong_rows, self.rows, self.tensor.name());
-        format!("{name}: {wrong} of {rows} rows are off by more than they may{scale}")
+        format!(
+            "{name}: {} of {} numbers are off by more than they may, in {} of {} rows{scale}",
+            self.wrong_numbers, self.numbers, self.wrong_rows, self.rows
+        )
     }
 
-    fn describe_worst(&self, case: &Case) -> String {
-        let Some(worst) = self.worst else {
-            return String::new();
-        };
-        format!(
-            "{}: worst at {}: off by {:.2e}, may be {:.2e}, the right row's norm is {:.2e}",
+    fn describe_worst(&self, case: &Case) -> Option<String> {
+        let worst = self.worst?;
+        Some(format!(
+            "{}: worst at {}, channel {}: is {:.4e}, due is {:.4e}, may be off by {:.1e}",
             self.tensor.name(),
             self.describe_place(case, worst.place),
-            worst.error,
-            worst.bound,
-            worst.norm,
-        )
+            worst.channel,
+            worst.is,
+            worst.right,
+            worst.tolerance,
+        ))
     }
 
     fn describe_place(&self, case: &Case, place: Place) -> String {
@@ -222,7 +247,6 @@ impl TensorComparison {
                 format!("batch {batch}, head {head}, token {token}{of_rank}")
             }
             Place::Head(head) => format!("head {head}"),
-            Place::AllHeads => "all heads together".to_owned(),
         }
     }
 

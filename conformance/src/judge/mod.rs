@@ -7,19 +7,20 @@ mod dropout;
 mod padding;
 mod repetition;
 mod ruler;
+mod tolerance;
 mod verdict;
 
-use fixtures::exchange::{AnswerStatus, Tensors};
+use fixtures::exchange::{AnswerStatus, Precision, Tensors};
 use fixtures::{Case, Defect, Feature, Inputs};
 
-use self::comparison::Yardstick;
+pub(crate) use self::comparison::Yardstick;
 use crate::implementation::{self, Collapse, Failure, RankAnswer};
 use crate::oracle;
 
-pub use self::comparison::{Comparison, Place, TensorComparison, WrongRow};
+pub use self::comparison::{Comparison, Place, TensorComparison, WrongNumber};
 pub use self::dropout::FALSE_ALARM;
 pub use self::repetition::repeated;
-pub use self::ruler::SLACK;
+pub use self::tolerance::{FALSE_ALARM_OF_RUN, NUMBERS, false_alarm, lambda};
 pub use self::verdict::{Judgement, Verdict};
 
 /// What is due from an implementation.
@@ -183,7 +184,7 @@ fn compare(
         }
         _ => None,
     };
-    let yardstick = Yardstick::of(case, inputs, dropout.as_deref()).map_err(unclear)?;
+    let yardstick = Yardstick::of(case, inputs, Precision::Fused, dropout.as_deref()).map_err(unclear)?;
     let judgements = wholes.iter().map(|whole| {
         let comparison = yardstick.compare(&whole.answer);
         let sentence = match (comparison.sentence(), whole.rank) {

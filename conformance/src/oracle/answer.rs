@@ -138,6 +138,24 @@ impl<T> Answer<T> {
             .map(|(_, tensor)| tensor)
     }
 
+    /// One of them, leaving nothing in its place.
+    pub(crate) fn take(&mut self, name: AnswerTensor) -> Option<T>
+    where
+        T: Default,
+    {
+        let place = match name {
+            AnswerTensor::Out => Some(&mut self.out),
+            AnswerTensor::QueryGradient => Some(&mut self.dq),
+            AnswerTensor::KeyGradient => Some(&mut self.dk),
+            AnswerTensor::ValueGradient => Some(&mut self.dv),
+            _ => {
+                let state = self.head_state.iter_mut();
+                state.map(|(is, tensor)| (*is == name, tensor)).find(|(is, _)| *is).map(|(_, tensor)| tensor)
+            }
+        };
+        place.map(std::mem::take)
+    }
+
     /// The tensors that an answer to `case` has, each made by `f`.
     pub(crate) fn try_of<E>(
         case: &Case,

@@ -1,79 +1,49 @@
-//! What honest attention makes of a case in its own element type: dense, on one
-//! device, forward and backward by libtorch.
+//! What dense SDPA makes of a case in its own element type, on one device,
+//! forward and backward by libtorch.
 //!
-//! The judge measures an implementation's errors by these, and calls an answer
-//! exact that is bit-equal to the SDPA one. Attention is independent from head
-//! to head, so that there is one right sequence of roundings for the output
-//! and dQ. The gradient of a KV head is a sum over the query heads that attend
-//! it, and a floating-point sum depends on its order: here it is taken by the
-//! kernel within the query heads that one rank holds, and then over the ranks,
-//! as in any implementation that adds up the copies that it sent out.
-//!
-//! Gradients of head state are given by token, `[batch, tokens, ..]`: what they
-//! are off in sum is estimated from what their parts are off.
+//! The judge calls an answer exact that is bit-equal to it. Attention is
+//! independent from head to head, so that there is one right sequence of
+//! roundings for the output and dQ. The gradient of a KV head is a sum over the
+//! query heads that attend it, and a floating-point sum depends on its order:
+//! here it is taken by the kernel within the query heads that one rank holds,
+//! and then over the ranks, as in any implementation that adds up the copies
+//! that it sent out. Gradients of head state are sums over ranks in no order of
+//! their own, and are not here.
 
-mod modifiers;
 mod preparation;
 
 use std::ops::Range;
 
 use fixtures::{Array, Case, Input, Inputs, Mask, sharding};
-use tch::{Kind, TchError, Tensor};
+use tch::{TchError, Tensor};
 
-use self::modifiers::Modifiers;
 use self::preparation::{Prepared, leaf};
-use crate::oracle::Answer;
 use crate::oracle::rotary;
-use crate::oracle::scores::distances_of;
-use crate::oracle::visibility;
+use crate::oracle::visibility::{self, Visibility};
+use crate::oracle::Answer;
 use crate::tensor;
 
-/// How attention is computed.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum DenseKernel {
-    /// libtorch's `scaled_dot_product_attention`.
-    Sdpa,
-    /// Products and a softmax, the softmax in float32 for half types.
-    Eager,
-}
-
-impl DenseKernel {
-    /// Whether this kernel can answer `case`: SDPA takes no scores but its own.
-    pub(super) fn answers(self, case: &Case) -> bool {
-        let extras = &case.extras;
-        match self {
-            DenseKernel::Sdpa => {
-                !extras.alibi
-                    && !extras.sinks
-                    && extras.softcap.is_none()
-                    && extras.dropout.is_none()
-            }
-            DenseKernel::Eager => true,
-        }
-    }
+/// Whether SDPA answers `case`: it takes no scores but its own.
+pub(super) fn is_dense_sdpa(case: &Case) -> bool {
+    let extras = &case.extras;
+    !extras.alibi && !extras.sinks && extras.softcap.is_none() && extras.dropout.is_none()
 }
 
 /// Output and gradients, `[batch, tokens, heads, channels]` each, in the case's
-/// element type; of gradients of head state the part of every token.
-pub(super) fn attention(
-    case: &Case,
-    inputs: &Inputs,
-    kernel: DenseKernel,
-    dropout: Option<&[f64]>,
-) -> Result<Answer<Array>, TchError> {
+/// element type.
+pub(super) fn attention(case: &Case, inputs: &Inputs) -> Result<Answer<Array>, TchError> {
     let by_heads = |array: &Array| tensor::from_array(array)?.f_transpose(1, 2);
     let angles = rotary::angles(case)?;
     let prepared = |array, norm| {
         let weight = inputs.get(norm).map(tensor::from_array).transpose()?;
-        Prepared::new(by_heads(array)?, weight, angles.as_ref())
+        Prepared::new(by_heads(array)?, weight.as_ref(), angles.as_ref())
     };
     let queries = prepared(&inputs.q, Input::QueryNorm)?;
     let keys = prepared(&inputs.k, Input::KeyNorm)?;
     let (v, dout) = (by_heads(&inputs.v)?, by_heads(&inputs.dout)?);
-    let modifiers = Modifiers::of(case, inputs, dropout)?;
+    let sight = Sight::of(case)?;
 
     let (mut out, mut dq, mut dk, mut dv) = (vec![], vec![], vec![], vec![]);
-    let (mut dslopes, mut dsinks) = (vec![], vec![]);
     for kv_head in 0..case.kv_heads {
         let (mut dk_copies, mut dv_copies) = (vec![], vec![]);
         for heads in by_rank(case, kv_head) {
@@ -81,11 +51,8 @@ pub(super) fn attention(
             let kv = |tensor: &Tensor| leaf(narrow(tensor, &(kv_head..kv_head + 1))?);
             let q = leaf(query_heads(&queries.heads)?)?;
             let (k, v) = (kv(&keys.heads)?, kv(&v)?);
-            let modifiers = modifiers.of_heads(&heads)?;
-            let answer = match kernel {
-                DenseKernel::Sdpa => sdpa(case, &modifiers, &q, &k, &v)?,
-                DenseKernel::Eager => eager(case, &modifiers, &q, &k, &v)?,
-            };
+            let sight = sight.as_ref().map(|sight| sight.of_heads(&heads)).transpose()?;
+            let answer = sdpa(case, sight.as_ref(), &q, &k, &v)?;
             // The cotangent of the answer is exactly dO: backward of the sum
             // gives ones, and of the product dO times one.
             let products = answer.f_mul(&query_heads(&dout)?)?;
@@ -94,9 +61,6 @@ pub(super) fn attention(
             dq.push(q.f_grad()?);
             dk_copies.push(k.f_grad()?);
             dv_copies.push(v.f_grad()?);
-            let of_rows = |leaf: &Tensor| leaf.f_grad()?.f_squeeze_dim(-1);
-            dslopes.extend(modifiers.slopes.as_ref().map(of_rows).transpose()?);
-            dsinks.extend(modifiers.sinks.as_ref().map(of_rows).transpose()?);
         }
         let sum = |copies: &[Tensor]| {
             Tensor::f_stack(copies, 0)?.f_sum_dim_intlist(0, false, copies[0].kind())
@@ -105,16 +69,45 @@ pub(super) fn attention(
         dv.push(sum(&dv_copies)?);
     }
 
-    let (dq, dq_norm) = queries.gradients(Tensor::f_cat(&dq, 1)?)?;
-    let (dk, dk_norm) = keys.gradients(Tensor::f_cat(&dk, 1)?)?;
-    let all_heads = |heads: &[Tensor]| match heads.is_empty() {
-        true => Ok(None),
-        false => Tensor::f_cat(heads, 1).map(Some),
-    };
+    let dq = queries.gradient(Tensor::f_cat(&dq, 1)?)?;
+    let dk = keys.gradient(Tensor::f_cat(&dk, 1)?)?;
     let (out, dv) = (Tensor::f_cat(&out, 1)?, Tensor::f_cat(&dv, 1)?);
-    let head_state = [all_heads(&dslopes)?, all_heads(&dsinks)?, dq_norm, dk_norm];
-    let answer = Answer::new([out, dq, dk, dv], head_state);
+    let answer = Answer::new([out, dq, dk, dv], [const { None }; 4]);
     answer.try_map(|_, tensor| tensor::to_array(&tensor.f_transpose(1, 2)?, case.dtype))
+}
+
+/// Which keys are seen. A softmax over nothing is not a number, and neither is
+/// its derivative: a query that sees nothing is let see everything, and its
+/// answer is made zero thereafter.
+struct Sight {
+    /// Whether a query is let see a key.
+    open: Tensor,
+    /// Whether a query sees nothing.
+    blind: Tensor,
+}
+
+impl Sight {
+    /// That of a case whose mask is not all that hides a key.
+    fn of(case: &Case) -> Result<Option<Sight>, TchError> {
+        if visibility::is_plain(case) {
+            return Ok(None);
+        }
+        let seen = Visibility::of(case).of_rows(0, case.sequence)?;
+        let blind = seen.f_any_dim(-1, true)?.f_logical_not()?;
+        let open = seen.f_logical_or(&blind)?;
+        Ok(Some(Sight { open, blind }))
+    }
+
+    fn of_heads(&self, heads: &Range<usize>) -> Result<Sight, TchError> {
+        let of_heads = |tensor: &Tensor| match tensor.size()[1] {
+            1 => Ok(tensor.shallow_clone()),
+            _ => narrow(tensor, heads),
+        };
+        Ok(Sight {
+            open: of_heads(&self.open)?,
+            blind: of_heads(&self.blind)?,
+        })
+    }
 }
 
 /// The query heads that attend `kv_head`, one range for each rank that holds
@@ -136,7 +129,7 @@ fn narrow(tensor: &Tensor, heads: &Range<usize>) -> Result<Tensor, TchError> {
 
 fn sdpa(
     case: &Case,
-    modifiers: &Modifiers,
+    sight: Option<&Sight>,
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
@@ -146,50 +139,8 @@ fn sdpa(
     let attend = |mask: Option<&Tensor>, causal| {
         Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale, grouped)
     };
-    match &modifiers.sight {
-        Some(sight) if !visibility::is_plain(case) => {
-            attend(Some(&sight.open), false)?.f_masked_fill(&sight.blind, 0.0)
-        }
-        _ => attend(None, case.mask == Mask::Causal),
+    match sight {
+        Some(sight) => attend(Some(&sight.open), false)?.f_masked_fill(&sight.blind, 0.0),
+        None => attend(None, case.mask == Mask::Causal),
     }
-}
-
-fn eager(
-    case: &Case,
-    modifiers: &Modifiers,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-) -> Result<Tensor, TchError> {
-    let mut scores = q
-        .f_matmul(&k.f_transpose(2, 3)?)?
-        .f_mul_scalar(case.score_scale())?;
-    if let Some(cap) = case.extras.softcap.map(f64::from) {
-        scores = scores.f_div_scalar(cap)?.f_tanh()?.f_mul_scalar(cap)?;
-    }
-    let (rows, keys) = (case.sequence as i64, case.kv_sequence() as i64);
-    if let Some(slopes) = &modifiers.slopes {
-        let distances = distances_of(0, rows, keys)?.f_to_kind(q.kind())?;
-        scores = scores.f_sub(&slopes.f_mul(&distances)?)?;
-    }
-    if let Some(sight) = &modifiers.sight {
-        scores = scores.f_masked_fill(&sight.open.f_logical_not()?, f64::NEG_INFINITY)?;
-    }
-    if let Some(sinks) = &modifiers.sinks {
-        scores = Tensor::f_cat(&[&scores, sinks], -1)?;
-    }
-    let softmax_kind = match q.kind() {
-        Kind::Double => Kind::Double,
-        _ => Kind::Float,
-    };
-    let weights = scores.f_softmax(-1, softmax_kind)?.f_to_kind(q.kind())?;
-    // Without what the sink takes.
-    let mut weights = weights.f_narrow(-1, 0, keys)?;
-    if let Some(sight) = &modifiers.sight {
-        weights = weights.f_masked_fill(&sight.blind, 0.0)?;
-    }
-    if let Some(multiplier) = &modifiers.dropout {
-        weights = weights.f_mul(multiplier)?;
-    }
-    weights.f_matmul(v)
 }

@@ -15,9 +15,6 @@ pub(super) struct Prepared {
 /// How they became so.
 struct Graph {
     heads: Tensor,
-    /// A weight for each token, so that each has its own gradient:
-    /// `[batch, heads, tokens, head size]`.
-    weight: Option<Tensor>,
     prepared: Tensor,
 }
 
@@ -26,27 +23,21 @@ impl Prepared {
     /// rotation by these angles. Where there is neither they stay as they are.
     pub(super) fn new(
         heads: Tensor,
-        norm_weight: Option<Tensor>,
+        norm_weight: Option<&Tensor>,
         angles: Option<&Tensor>,
     ) -> Result<Prepared, TchError> {
         if norm_weight.is_none() && angles.is_none() {
             return Ok(Prepared { heads, graph: None });
         }
         let (dtype, heads) = (heads.kind(), leaf(heads)?);
-        let weight = match norm_weight {
-            Some(weight) => {
-                let weight = weight.f_unsqueeze(1)?;
-                Some(leaf(weight.f_expand(heads.size().as_slice(), false)?)?)
-            }
-            None => None,
-        };
         let compute = match dtype {
             Kind::Double => Kind::Double,
             _ => Kind::Float,
         };
         let mut prepared = heads.shallow_clone();
-        if let Some(weight) = &weight {
-            prepared = weight.f_mul(&unit_heads(&prepared, compute)?.f_to_kind(dtype)?)?;
+        if let Some(weight) = norm_weight {
+            let unit = unit_heads(&prepared, compute)?.f_to_kind(dtype)?;
+            prepared = weight.f_unsqueeze(1)?.f_mul(&unit)?;
         }
         if let Some(angles) = angles {
             let (cos, sin) = rotary::cos_sin(angles, compute, dtype)?;
@@ -54,24 +45,19 @@ impl Prepared {
         }
         Ok(Prepared {
             heads: prepared.f_detach()?,
-            graph: Some(Graph {
-                heads,
-                weight,
-                prepared,
-            }),
+            graph: Some(Graph { heads, prepared }),
         })
     }
 
     /// From the gradient of the prepared heads to that of the heads as they
-    /// were, and each token's part of that of the norm's weight.
-    pub(super) fn gradients(&self, dy: Tensor) -> Result<(Tensor, Option<Tensor>), TchError> {
+    /// were.
+    pub(super) fn gradient(&self, dy: Tensor) -> Result<Tensor, TchError> {
         let Some(graph) = &self.graph else {
-            return Ok((dy, None));
+            return Ok(dy);
         };
         let products = graph.prepared.f_mul(&dy)?;
         products.f_sum(products.kind())?.f_backward()?;
-        let dweight = graph.weight.as_ref().map(Tensor::f_grad).transpose()?;
-        Ok((graph.heads.f_grad()?, dweight))
+        graph.heads.f_grad()
     }
 }
 

@@ -1,0 +1,592 @@
+//! How far roundings move each number of an answer: its first-order
+//! sensitivity to each rounding that attention makes, squared, times the
+//! square of what that rounding may be, summed. In short its *squares*.
+//!
+//! | what is rounded | by at most |
+//! |---|---|
+//! | a score s of a query q and a key k, a sum of D products | `w sqrt(D) scale sum abs(q k)`, and `x` times its terms and itself |
+//! | an exponential, of which a weight P is made | `w` times 6 and the distance to the largest score |
+//! | the sum of a row's n exponentials, and its logarithm L | `w sqrt(n)` and `w L`, relative |
+//! | P as a factor of P V and of P^T dO | `u P` |
+//! | dP = dO V^T | `w sqrt(Dv) sum abs(dO v)`, and `x dP` |
+//! | D = rowsum(dO O) or rowsum(P dP) | what its terms are, and the sum |
+//! | dS = P (dP - D), as a factor of dS K and of dS^T Q | `u dS`, and `x dS` for each step |
+//! | an answer, a sum of n products | `u` times itself, and `w sqrt(n)` times the sum of the products' sizes |
+//! | what a group of query heads adds up to, head after head | `u` times each partial sum |
+//!
+//! u is the unit roundoff of the element type, w that of sums (at least
+//! float32's), and x that of what a precision profile stores (`precision.rs`).
+//! A sum of n terms has n partial sums, none larger than the sum of the terms'
+//! sizes: so `sqrt(n)` times that bounds it in whatever order it is taken.
+//!
+//! With `c` the derivative of a cap and `k' = c k`, the sensitivities to a
+//! score s_ij of row i are
+//!
+//! ```text
+//! out_i      P_ij (V_j - out_i)
+//! dV_j'      P_ij' ([j = j'] - P_ij) dO_i
+//! dQ_i       scale (L_ij k_j - dS_ij sum(P k') - P_ij sum(dS k'))
+//! dK_j'      scale ([j = j'] L_ij - c_ij' (P_ij dS_ij' + P_ij' dS_ij)) q_i
+//! ```
+//!
+//! where `L = c dS + dS (dc/ds)`. The errors of D and of a row's sum are shared
+//! by its row, and enter as such.
+//!
+//! Source: Higham and Mary, "A new approach to probabilistic rounding error
+//! analysis", SIAM J. Sci. Comput. 41(5), 2019, for roundings as independent
+//! errors of mean zero.
+
+use tch::{Kind, TchError, Tensor};
+
+use super::answer::Answer;
+use super::precision::Roundoffs;
+use super::preparation::Prepared;
+use super::problem::Groups;
+use super::scores::{Scoring, Weights};
+
+/// Squares of an answer, each tensor in the order of the answer, gradients of
+/// head state summed over tokens.
+pub(crate) type Sensitivities = Answer<Tensor>;
+
+/// A block of rows of the score matrix on its way through forward and backward;
+/// `[batch, query heads, rows, ..]` each, keys and values whole.
+pub(super) struct Block<'a> {
+    /// The token of the first row.
+    pub(super) first: i64,
+    pub(super) q: &'a Tensor,
+    pub(super) k: &'a Tensor,
+    pub(super) v: &'a Tensor,
+    pub(super) dout: &'a Tensor,
+    pub(super) scoring: &'a Scoring<'a>,
+    pub(super) scored: &'a Weights,
+    /// `q k^T`
+    pub(super) products: &'a Tensor,
+    pub(super) dropout: Option<&'a Tensor>,
+    /// The softmax, after dropout.
+    pub(super) weights: &'a Tensor,
+    pub(super) out: &'a Tensor,
+    /// dP, after dropout.
+    pub(super) dweights: &'a Tensor,
+    /// D, a number for each row.
+    pub(super) dout_dot_out: &'a Tensor,
+    pub(super) dscores: &'a Tensor,
+    /// The gradient of `q k^T`.
+    pub(super) dproducts: &'a Tensor,
+    pub(super) dq: &'a Tensor,
+}
+
+/// Squares, as far as blocks have been seen.
+pub(super) struct Roundings {
+    roundoffs: Roundoffs,
+    /// Of prepared queries, where they are prepared.
+    of_q: Option<Tensor>,
+    /// Of prepared keys, for each query head.
+    of_k: Option<Tensor>,
+    out: Vec<Tensor>,
+    dq: Vec<Tensor>,
+    dk: Option<KeySums>,
+    dv: Option<KeySums>,
+    dslopes: HeadSums,
+    dsinks: HeadSums,
+}
+
+/// Of a gradient of keys or values, for each query head: squares, the sum of
+/// the sizes of what is added up, and of how many rows.
+struct KeySums {
+    squares: Tensor,
+    sizes: Tensor,
+    rows: f64,
+}
+
+/// Of a gradient of head state, for each block of rows: squares and parts.
+#[derive(Default)]
+struct HeadSums {
+    squares: Vec<Tensor>,
+    parts: Vec<Tensor>,
+}
+
+/// What the roundings of a block's scores and weights are, in squares.
+struct OfBlock {
+    /// Of each score, `[batch, query heads, rows, keys]`.
+    scores: Tensor,
+    /// Of each row's sum, relative, `[batch, query heads, rows, 1]`.
+    row: Tensor,
+    /// 1 where a key is seen, 0 elsewhere.
+    seen: Tensor,
+    /// How many keys each row sees.
+    keys: Tensor,
+}
+
+impl Roundings {
+    pub(super) fn new(roundoffs: Roundoffs) -> Roundings {
+        Roundings {
+            roundoffs,
+            of_q: None,
+            of_k: None,
+            out: Vec::new(),
+            dq: Vec::new(),
+            dk: None,
+            dv: None,
+            dslopes: HeadSums::default(),
+            dsinks: HeadSums::default(),
+        }
+    }
+
+    /// Notes how queries and keys were prepared.
+    pub(super) fn begin(
+        &mut self,
+        queries: &Prepared,
+        keys: &Prepared,
+        groups: &Groups,
+    ) -> Result<(), TchError> {
+        self.of_q = queries.squares(&self.roundoffs)?;
+        self.of_k = keys
+            .squares(&self.roundoffs)?
+            .map(|squares| groups.expand(&squares))
+            .transpose()?;
+        Ok(())
+    }
+
+    /// Adds a block of rows.
+    pub(super) fn add(&mut self, block: &Block<'_>) -> Result<(), TchError> {
+        let of_block = self.of_scores(block)?;
+        self.forward(block, &of_block)?;
+        self.backward(block, &of_block)
+    }
+
+    fn of_scores(&self, block: &Block<'_>) -> Result<OfBlock, TchError> {
+        let Roundoffs {
+            element,
+            stored,
+            sum,
+            factors,
+            ..
+        } = self.roundoffs;
+        let (scoring, scored) = (block.scoring, block.scored);
+        let scale2 = scoring.scale * scoring.scale;
+        let channels = block.q.size()[3] as f64;
+        let [q2, k2] = [block.q, block.k].map(Tensor::f_square);
+        let (q2, k2_transposed) = (q2?, k2?.f_transpose(2, 3)?);
+        let sizes = block.q.f_abs()?.f_matmul(&block.k.f_abs()?.f_transpose(2, 3)?)?;
+        let terms2 = q2.f_matmul(&k2_transposed)?;
+        let scores = block.products.f_mul_scalar(scoring.scale)?;
+        let mut squares = total(&[
+            &sizes.f_square()?.f_mul_scalar(sum * channels * scale2)?,
+            &terms2.f_mul_scalar((2.0 * stored + factors) * scale2)?,
+            &scores.f_square()?.f_mul_scalar(2.0 * stored)?,
+        ])?;
+        if let Some(of_q) = &self.of_q {
+            let of_q = of_q.f_narrow(2, block.first, block.q.size()[2])?;
+            let moved = of_q.f_matmul(&k2_transposed)?.f_mul_scalar(scale2)?;
+            squares = squares.f_add(&moved)?;
+        }
+        if let Some(of_k) = &self.of_k {
+            let moved = q2.f_matmul(&of_k.f_transpose(2, 3)?)?;
+            squares = squares.f_add(&moved.f_mul_scalar(scale2)?)?;
+        }
+        if let Some(of_cap) = scored.of_cap()? {
+            let of_cap2 = of_cap.f_square()?;
+            let divided = scores.f_square()?.f_mul_scalar(stored)?;
+            squares = squares.f_add(&divided)?.f_mul(&of_cap2)?;
+            // A tanh is off by two units, and its multiple by one.
+            let capped = scored.scores.f_square()?.f_mul_scalar(5.0 * stored)?;
+            squares = squares.f_add(&capped)?;
+        }
+        if let Some((slopes, distances)) = scoring.slopes.zip(scoring.distances.as_ref()) {
+            let bias2 = slopes.f_mul(distances)?.f_square()?;
+            squares = total(&[
+                &squares,
+                &bias2.f_mul_scalar(2.0 * element)?,
+                &scored.scores.f_square()?.f_mul_scalar(stored)?,
+            ])?;
+        }
+        let seen = scored.weights.f_gt(0.0)?.f_to_kind(Kind::Double)?;
+        let keys = over_keys(&seen)?;
+        // A row that sees nothing has no largest score.
+        let is_blind = keys.f_eq(0.0)?;
+        let largest = scored.largest.f_masked_fill(&is_blind, 0.0)?;
+        let log_total = scored.log_total.f_masked_fill(&is_blind, 0.0)?;
+        // An exponential is off by two units, and by its argument's rounding;
+        // two more make a weight of it.
+        let away = scored.scores.f_sub(&largest)?.f_square()?;
+        let squares = squares.f_add(&away.f_add_scalar(6.0)?.f_mul_scalar(sum)?)?;
+        let logarithm2 = largest.f_add(&log_total)?.f_square()?;
+        Ok(OfBlock {
+            scores: squares,
+            row: keys
+                .f_add(&logarithm2)?
+                .f_add_scalar(6.0)?
+                .f_mul_scalar(sum)?,
+            seen,
+            keys,
+        })
+    }
+
+    /// out = W V.
+    fn forward(&mut self, block: &Block<'_>, of: &OfBlock) -> Result<(), TchError> {
+        let Roundoffs {
+            element,
+            sum,
+            factors,
+            tiny,
+            ..
+        } = self.roundoffs;
+        let (softmax, weights, out) = (&block.scored.weights, block.weights, block.out);
+        let (weights2, v2, out2) = (weights.f_square()?, block.v.f_square()?, out.f_square()?);
+        let stores = if block.dropout.is_some() { 2.0 } else { 1.0 };
+        let along = product(&[&of.scores, weights, softmax])?.f_matmul(block.v)?;
+        let of_scores = total(&[
+            &of.scores.f_mul(&weights2)?.f_matmul(&v2)?,
+            &product(&[&along, out])?.f_mul_scalar(-2.0)?,
+            &out2.f_mul(&over_keys(&of.scores.f_mul(&softmax.f_square()?)?)?)?,
+        ])?
+        .f_clamp_min(0.0)?;
+        let sizes = weights.f_matmul(&block.v.f_abs()?)?;
+        let squares = total(&[
+            &of_scores,
+            &weights2.f_matmul(&v2)?.f_mul_scalar(stores * element + factors)?,
+            &out2.f_mul(&of.row)?,
+            &sizes.f_square()?.f_mul(&of.keys)?.f_mul_scalar(sum)?,
+            &out2.f_mul_scalar(element)?,
+        ])?;
+        let of_tiny = of.seen.f_matmul(&v2)?.f_mul_scalar(tiny)?;
+        self.out.push(squares.f_add(&of_tiny)?);
+
+        // dV = W^T dO.
+        let row = over_keys(&of.scores.f_mul(&softmax.f_square()?)?)?;
+        let of_weights = of
+            .scores
+            .f_mul(&softmax.f_mul_scalar(-2.0)?.f_add_scalar(1.0)?)?
+            .f_add(&row)?
+            .f_clamp_min(0.0)?
+            .f_add(&of.row)?
+            .f_add_scalar(stores * element + factors)?
+            .f_mul(&weights2)?
+            .f_add(&of.seen.f_mul_scalar(tiny)?)?;
+        let squares = of_weights.f_transpose(2, 3)?.f_matmul(&block.dout.f_square()?)?;
+        let sizes = weights.f_transpose(2, 3)?.f_matmul(&block.dout.f_abs()?)?;
+        KeySums::add(&mut self.dv, squares, sizes, weights.size()[2])
+    }
+
+    fn backward(&mut self, block: &Block<'_>, of: &OfBlock) -> Result<(), TchError> {
+        let Roundoffs {
+            element,
+            stored,
+            sum,
+            factors,
+            tiny,
+            ..
+        } = self.roundoffs;
+        let scale = block.scoring.scale;
+        let (softmax, dscores) = (&block.scored.weights, block.dscores);
+        let (softmax2, dscores2) = (softmax.f_square()?, dscores.f_square()?);
+        let value_channels = block.v.size()[3] as f64;
+        let (dout2, v2_transposed) = (block.dout.f_square()?, block.v.f_square()?.f_transpose(2, 3)?);
+
+        // dP, where a row meets a key, and D, of a row.
+        let v_sizes = block.v.f_abs()?;
+        let sizes = block.dout.f_abs()?.f_matmul(&v_sizes.f_transpose(2, 3)?)?;
+        let mut of_dweights = total(&[
+            &sizes.f_square()?.f_mul_scalar(sum * value_channels)?,
+            &dout2.f_matmul(&v2_transposed)?.f_mul_scalar(factors)?,
+        ])?;
+        if let Some(dropout) = block.dropout {
+            of_dweights = of_dweights.f_mul(&dropout.f_square()?)?;
+        }
+        let dweights2 = block.dweights.f_square()?;
+        let of_dweights = of_dweights.f_add(&dweights2.f_mul_scalar(stored)?)?;
+        let of_dout_dot_out = {
+            let terms = block.dout.f_mul(block.out)?;
+            let weighed = softmax.f_mul(&block.dweights.f_abs()?)?;
+            let accumulated = block.weights.f_matmul(&v_sizes)?.f_square()?;
+            total(&[
+                &over_keys(&terms.f_square()?)?.f_mul_scalar(element)?,
+                &over_keys(&terms.f_abs()?)?
+                    .f_square()?
+                    .f_mul_scalar(sum * value_channels)?,
+                &over_keys(&dout2.f_mul(&accumulated)?)?
+                    .f_mul(&of.keys)?
+                    .f_mul_scalar(sum)?,
+                &over_keys(&softmax2.f_mul(&dweights2)?)?
+                    .f_mul_scalar(element + stored + factors)?,
+                &over_keys(&weighed)?
+                    .f_square()?
+                    .f_mul(&of.keys)?
+                    .f_mul_scalar(sum)?,
+                &over_keys(&softmax2.f_mul(&of_dweights)?)?,
+            ])?
+        };
+
+        // dS = P (dP - D), each on its own.
+        let mut own = total(&[
+            &dscores2.f_mul_scalar(element + 2.0 * stored + 2.0 * sum)?,
+            &softmax2.f_mul(&of_dweights)?,
+            &of.seen.f_mul_scalar(tiny)?,
+        ])?;
+        let d2 = block.dout_dot_out.f_square()?;
+
+        // The gradients of slopes and sinks.
+        let s1 = over_keys(&of.scores.f_mul(&dscores2)?)?;
+        let s2 = over_keys(&product(&[&of.scores, dscores, softmax])?)?;
+        let s3 = over_keys(&of.scores.f_mul(&softmax2)?)?;
+        if let Some(distances) = &block.scoring.distances {
+            let part = over_keys(&dscores.f_mul(distances)?)?;
+            let mean = over_keys(&softmax.f_mul(distances)?)?;
+            let moved = dscores
+                .f_mul(&distances.f_sub(&mean)?)?
+                .f_sub(&softmax.f_mul(&part)?)?;
+            let sizes = over_keys(&dscores.f_abs()?.f_mul(distances)?)?;
+            let squares = total(&[
+                &over_keys(&of.scores.f_mul(&moved.f_square()?)?)?,
+                &over_keys(&own.f_mul(&distances.f_square()?)?)?,
+                &of_dout_dot_out.f_mul(&mean.f_square()?)?,
+                &of.row
+                    .f_mul(&part.f_square()?.f_add(&d2.f_mul(&mean.f_square()?)?)?)?,
+                &sizes.f_square()?.f_mul(&of.keys)?.f_mul_scalar(sum)?,
+            ])?;
+            self.dslopes.add(squares, part);
+        }
+        if let Some((of_sink, sinks)) = block.scored.of_sink.as_ref().zip(block.scoring.sinks) {
+            let part = of_sink.f_mul(block.dout_dot_out)?;
+            let moved = dscores.f_sub(&softmax.f_mul(block.dout_dot_out)?)?;
+            let away = sinks.f_sub(&block.scored.largest)?.f_square()?;
+            let own = total(&[&of.row, &away.f_add_scalar(6.0)?.f_mul_scalar(sum)?])?
+                .f_add_scalar(2.0 * element)?;
+            let squares = total(&[
+                &of_sink
+                    .f_square()?
+                    .f_mul(&over_keys(&of.scores.f_mul(&moved.f_square()?)?)?)?,
+                &of_sink.f_square()?.f_mul(&of_dout_dot_out)?,
+                &part.f_square()?.f_mul(&own)?,
+            ])?;
+            self.dsinks.add(squares, part);
+        }
+
+        // Through the cap to the products' gradients.
+        let (mut local, mut passed) = (dscores.shallow_clone(), None);
+        if let Some((tanh, of_cap)) = block.scored.tanh.as_ref().zip(block.scored.of_cap()?) {
+            let cap = block.scoring.softcap.unwrap_or(1.0);
+            let bent = of_cap.f_sub(&tanh.f_mul_scalar(2.0 / cap)?)?;
+            local = dscores.f_mul(&bent)?;
+            // The derivative of a tanh is off by four units of 1.
+            let of_bend = dscores2.f_mul_scalar(16.0 * stored)?;
+            own = own.f_mul(&of_cap.f_square()?)?.f_add(&of_bend)?;
+            passed = Some(of_cap);
+        }
+        let through = |tensor: &Tensor| match &passed {
+            Some(of_cap) => tensor.f_mul(of_cap),
+            None => Ok(tensor.shallow_clone()),
+        };
+        let (k2, q2) = (block.k.f_square()?, block.q.f_square()?);
+        let (softmax_k, dscores_k) = (
+            through(softmax)?.f_matmul(block.k)?,
+            through(dscores)?.f_matmul(block.k)?,
+        );
+        let dproducts2 = block.dproducts.f_square()?;
+        let scale2 = scale * scale;
+
+        // dQ = scale c dS K.
+        let moved = total(&[
+            &product(&[&of.scores, &local, &local])?.f_matmul(&k2)?,
+            &softmax_k.f_square()?.f_mul(&s1)?,
+            &dscores_k.f_square()?.f_mul(&s3)?,
+            &product(&[&of.scores, &local, dscores])?
+                .f_matmul(block.k)?
+                .f_mul(&softmax_k)?
+                .f_mul_scalar(-2.0)?,
+            &product(&[&of.scores, &local, softmax])?
+                .f_matmul(block.k)?
+                .f_mul(&dscores_k)?
+                .f_mul_scalar(-2.0)?,
+            &product(&[&softmax_k, &dscores_k, &s2])?.f_mul_scalar(2.0)?,
+        ])?
+        .f_clamp_min(0.0)?;
+        let of_row = total(&[
+            &dscores_k.f_square()?,
+            &d2.f_mul(&softmax_k.f_square()?)?,
+        ])?;
+        let sizes = block.dproducts.f_abs()?.f_matmul(&block.k.f_abs()?)?;
+        let mut squares = total(&[
+            &total(&[
+                &moved,
+                &own.f_matmul(&k2)?,
+                &of_dout_dot_out.f_mul(&softmax_k.f_square()?)?,
+                &of.row.f_mul(&of_row)?,
+            ])?
+            .f_mul_scalar(scale2)?,
+            &dproducts2.f_matmul(&k2)?.f_mul_scalar(factors)?,
+            &sizes.f_square()?.f_mul(&of.keys)?.f_mul_scalar(sum)?,
+            &block.dq.f_square()?.f_mul_scalar(element + stored)?,
+        ])?
+        .f_add_scalar(tiny)?;
+        if let Some(of_k) = &self.of_k {
+            squares = squares.f_add(&dproducts2.f_matmul(of_k)?)?;
+        }
+        self.dq.push(squares);
+
+        // dK = scale (c dS)^T Q.
+        let weighed = softmax.f_mul(dscores)?;
+        let shared = total(&[
+            &dscores2.f_mul(&s3)?,
+            &weighed.f_mul(&s2)?.f_mul_scalar(2.0)?,
+            &softmax2.f_mul(&s1)?,
+            &softmax2.f_mul(&of_dout_dot_out)?,
+            &dscores2.f_add(&softmax2.f_mul(&d2)?)?.f_mul(&of.row)?,
+        ])?;
+        let of_products = total(&[
+            &product(&[&of.scores, &local, &local])?,
+            &through(&product(&[&of.scores, &local, &weighed])?)?.f_mul_scalar(-4.0)?,
+            &through(&through(&shared)?)?,
+        ])?
+        .f_clamp_min(0.0)?
+        .f_add(&own)?
+        .f_mul_scalar(scale2)?
+        .f_add(&dproducts2.f_mul_scalar(factors)?)?;
+        let mut squares = of_products.f_transpose(2, 3)?.f_matmul(&q2)?;
+        if let Some(of_q) = &self.of_q {
+            let of_q = of_q.f_narrow(2, block.first, block.q.size()[2])?;
+            squares = squares.f_add(&dproducts2.f_transpose(2, 3)?.f_matmul(&of_q)?)?;
+        }
+        let sizes = block
+            .dproducts
+            .f_abs()?
+            .f_transpose(2, 3)?
+            .f_matmul(&block.q.f_abs()?)?;
+        KeySums::add(&mut self.dk, squares, sizes, softmax.size()[2])
+    }
+
+    /// The squares of the whole answer, given the gradients of the prepared
+    /// queries and, for each query head, of keys and values.
+    pub(super) fn finish(
+        self,
+        [dq, dk, dv]: [&Tensor; 3],
+        [queries, keys]: [&Prepared; 2],
+        groups: &Groups,
+    ) -> Result<Sensitivities, TchError> {
+        let roundoffs = self.roundoffs;
+        let of_keys = |sums: Option<KeySums>, gradient: &Tensor| -> Result<Tensor, TchError> {
+            let sums = sums.ok_or_else(|| TchError::Shape("there is no row".to_owned()))?;
+            let accumulated = sums.sizes.f_square()?.f_mul_scalar(roundoffs.sum * sums.rows)?;
+            let copies = gradient
+                .f_square()?
+                .f_mul_scalar(roundoffs.element + roundoffs.stored)?
+                .f_add_scalar(roundoffs.tiny)?;
+            let of_heads = total(&[&sums.squares, &accumulated, &copies])?;
+            groups.sum(&of_heads)?.f_add(
+                &groups
+                    .squared_partial_sums(gradient)?
+                    .f_mul_scalar(roundoffs.element)?,
+            )
+        };
+        let of_dq = Tensor::f_cat(&self.dq, 2)?;
+        let (of_dk, of_dv) = (of_keys(self.dk, dk)?, of_keys(self.dv, dv)?);
+        let (dq, dq_norm) = queries.gradient_squares(dq, of_dq, &roundoffs)?;
+        let (dk, dk_norm) = keys.gradient_squares(&groups.sum(dk)?, of_dk, &roundoffs)?;
+        let over_tokens = |sums: Option<HeadSums>| -> Result<Option<Tensor>, TchError> {
+            sums.map(|sums| sums.over_tokens(&roundoffs)).transpose()
+        };
+        let of_norm = |norm: Option<(Tensor, Tensor)>| {
+            norm.map(|(squares, part)| HeadSums {
+                squares: vec![squares],
+                parts: vec![part],
+            })
+        };
+        let of_scalar = |sums: HeadSums| (!sums.parts.is_empty()).then_some(sums);
+        let one_number = |squares: Option<Tensor>| {
+            squares
+                .map(|squares| squares.f_squeeze_dim(-1))
+                .transpose()
+        };
+        let head_state = [
+            one_number(over_tokens(of_scalar(self.dslopes))?)?,
+            one_number(over_tokens(of_scalar(self.dsinks))?)?,
+            over_tokens(of_norm(dq_norm))?,
+            over_tokens(of_norm(dk_norm))?,
+        ];
+        let squares = Answer::new([Tensor::f_cat(&self.out, 2)?, dq, dk, of_dv], head_state);
+        squares.try_map(|name, tensor| {
+            let tensor = match name.is_head_state() {
+                true => tensor,
+                false => tensor.f_transpose(1, 2)?,
+            };
+            tensor.f_mul_scalar(roundoffs.of_oracle)
+        })
+    }
+}
+
+impl KeySums {
+    fn add(
+        sums: &mut Option<KeySums>,
+        squares: Tensor,
+        sizes: Tensor,
+        rows: i64,
+    ) -> Result<(), TchError> {
+        *sums = Some(match sums.take() {
+            None => KeySums {
+                squares,
+                sizes,
+                rows: rows as f64,
+            },
+            Some(before) => KeySums {
+                squares: before.squares.f_add(&squares)?,
+                sizes: before.sizes.f_add(&sizes)?,
+                rows: before.rows + rows as f64,
+            },
+        });
+        Ok(())
+    }
+}
+
+impl HeadSums {
+    fn add(&mut self, squares: Tensor, parts: Tensor) {
+        self.squares.push(squares);
+        self.parts.push(parts);
+    }
+
+    /// The squares of the sum over batch and tokens, `[heads, ..]`, of parts
+    /// `[batch, heads, tokens, ..]`: each part's own, each partial sum's, and
+    /// what it takes to store a part and the whole.
+    fn over_tokens(self, roundoffs: &Roundoffs) -> Result<Tensor, TchError> {
+        let whole = |blocks: &[Tensor]| Tensor::f_cat(blocks, 2);
+        let sum = |tensor: &Tensor| {
+            tensor.f_sum_dim_intlist([0, 2].as_slice(), false, Kind::Double)
+        };
+        let (squares, parts) = (whole(&self.squares)?, whole(&self.parts)?);
+        let terms = (parts.size()[0] * parts.size()[2]) as f64;
+        total(&[
+            &sum(&squares)?,
+            &sum(&parts.f_abs()?)?
+                .f_square()?
+                .f_mul_scalar(roundoffs.sum * terms)?,
+            &sum(&parts.f_square()?)?.f_mul_scalar(roundoffs.element)?,
+            &sum(&parts)?.f_square()?.f_mul_scalar(roundoffs.element)?,
+        ])?
+        .f_add_scalar(roundoffs.tiny * terms)
+    }
+}
+
+/// The sum over the last dimension, which stays.
+fn over_keys(tensor: &Tensor) -> Result<Tensor, TchError> {
+    tensor.f_sum_dim_intlist([-1].as_slice(), true, Kind::Double)
+}
+
+/// The elementwise sum of several tensors.
+fn total(terms: &[&Tensor]) -> Result<Tensor, TchError> {
+    let (first, more) = split(terms)?;
+    more.iter()
+        .try_fold(first.shallow_clone(), |sum, term| sum.f_add(term))
+}
+
+/// The elementwise product of several tensors.
+fn product(factors: &[&Tensor]) -> Result<Tensor, TchError> {
+    let (first, more) = split(factors)?;
+    more.iter()
+        .try_fold(first.shallow_clone(), |product, factor| product.f_mul(factor))
+}
+
+fn split<'a, 'b>(tensors: &'b [&'a Tensor]) -> Result<(&'a Tensor, &'b [&'a Tensor]), TchError> {
+    tensors
+        .split_first()
+        .map(|(first, more)| (*first, more))
+        .ok_or_else(|| TchError::Shape("there is no tensor".to_owned()))
+}
