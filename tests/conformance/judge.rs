@@ -101,7 +101,7 @@ fn the_worst_row_is_told_with_its_rank_and_local_token() {
         answer.dq[row(&case, 8, 0, 30, 5)].fill(9.0);
     });
     let told = &judgement.details[1];
-    let expected = "dq: worst at batch 0, head 5, token 30 (rank 2, its token 4): off by";
+    let expected = "dq: worst at batch 0, head 5, token 30 (rank 2, its token 4), channel ";
     assert!(told.starts_with(expected), "{told}");
 }
 

@@ -7,6 +7,7 @@
 
 mod beyond;
 mod plain;
+pub mod random;
 
 use fixtures::{Case, Feature};
 

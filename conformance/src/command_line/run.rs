@@ -37,11 +37,16 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "NAME")]
     case: Vec<Case>,
 
+    /// This many random cases instead of the catalogue, drawn from the seed
+    #[arg(long, value_name = "COUNT", conflicts_with = "case")]
+    random: Option<usize>,
+
     /// Only cases on this many ranks
     #[arg(long, value_name = "RANKS", value_delimiter = ',')]
     world: Vec<usize>,
 
-    /// Other values in every case of the catalogue than those of seed 0
+    /// Other values in every case of the catalogue than those of seed 0, or
+    /// other random cases
     #[arg(long, value_name = "SEED", conflicts_with = "case")]
     seed: Option<u64>,
 
@@ -146,8 +151,9 @@ pub(super) fn execute(arguments: &Arguments, program: &str) -> ExitCode {
     print(&format!("\n{failures}{}\n", report::verdicts(&summaries)));
     if let Some(table) = report::closeness(&summaries) {
         print(&format!(
-            "How near the right answers are: how many are bit-equal to dense SDPA, and how far\n\
-             the worst row is off, relative to what it may be.\n\n{table}\n"
+            "How near the right answers are: of each tensor how many are bit-equal to dense SDPA,\n\
+             and how far the worst number is off, relative to what it may be.\n\n{table}\n{}\n",
+            report::chance(&summaries)
         ));
     }
     if let Some(table) = report::costs(&summaries) {
@@ -166,11 +172,12 @@ struct Choice {
 
 impl Arguments {
     fn cases(&self) -> Vec<Case> {
-        let mut cases = match self.case.as_slice() {
-            [] => catalogue::cases(),
-            named => named.to_vec(),
+        let mut cases = match (self.case.as_slice(), self.random) {
+            ([], Some(count)) => catalogue::random::cases(count, self.seed.unwrap_or(0)).collect(),
+            ([], None) => catalogue::cases(),
+            (named, _) => named.to_vec(),
         };
-        if let Some(seed) = self.seed {
+        if let (Some(seed), None) = (self.seed, self.random) {
             cases.iter_mut().for_each(|case| case.seed = seed);
         }
         cases.retain(|case| {

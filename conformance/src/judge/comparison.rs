@@ -7,7 +7,7 @@ use super::Verdict;
 use super::dense;
 use super::padding::PaddingTokens;
 use super::ruler::Ruler;
-use crate::oracle::{self, Answer, AnswerTensor};
+use crate::oracle::{self, Answer, AnswerTensor, Rounded};
 
 /// How the tensors of an answer compare with the right ones.
 #[derive(Clone, Debug)]
@@ -91,8 +91,9 @@ impl Yardstick {
         precision: Precision,
         dropout: Option<&[f64]>,
     ) -> Result<Yardstick, String> {
-        let (right, mut roots) = oracle::attention_rounded(case, inputs, precision, dropout)
-            .map_err(|error| format!("the oracle failed: {error}"))?;
+        let Rounded { right, mut roots } =
+            oracle::attention_rounded(case, inputs, precision, dropout)
+                .map_err(|error| format!("the oracle failed: {error}"))?;
         let sdpa = match dense::is_dense_sdpa(case) {
             true => Some(
                 dense::attention(case, inputs)
@@ -105,13 +106,19 @@ impl Yardstick {
             let roots = roots.take(name).unwrap_or_default();
             let [right, roots] = [right, roots].map(|numbers| padding.blanked(name, numbers));
             if !right.iter().chain(&roots).all(|number| number.is_finite()) {
-                return Err(format!("`{}` of the right answer is not finite", name.name()));
+                return Err(format!(
+                    "`{}` of the right answer is not finite",
+                    name.name()
+                ));
             }
             let sdpa = sdpa.as_ref().and_then(|sdpa| sdpa.get(name)).map(|sdpa| {
                 let numbers = padding.blanked(name, sdpa.to_f64());
                 Array::from_f64(case.dtype, &name.shape(case), &numbers)
             });
-            if sdpa.as_ref().is_some_and(|sdpa| !sdpa.to_f64().iter().all(|x| x.is_finite())) {
+            if sdpa
+                .as_ref()
+                .is_some_and(|sdpa| !sdpa.to_f64().iter().all(|x| x.is_finite()))
+            {
                 return Err(format!(
                     "`{}` of dense attention in {} is not finite here",
                     name.name(),
@@ -208,7 +215,11 @@ impl TensorComparison {
         let (alpha, rest) = self.scale;
         let name = self.tensor.name();
         if self.wrong_numbers == 0 {
-            let side = if self.lean < 0.0 { "towards zero" } else { "away from zero" };
+            let side = if self.lean < 0.0 {
+                "towards zero"
+            } else {
+                "away from zero"
+            };
             return format!(
                 "{name}: no number is off by more than it may, but over {} rows the errors lean \
                  {side}, {:.1} times as far as they may",

@@ -184,7 +184,8 @@ fn compare(
         }
         _ => None,
     };
-    let yardstick = Yardstick::of(case, inputs, Precision::Fused, dropout.as_deref()).map_err(unclear)?;
+    let yardstick =
+        Yardstick::of(case, inputs, Precision::Fused, dropout.as_deref()).map_err(unclear)?;
     let judgements = wholes.iter().map(|whole| {
         let comparison = yardstick.compare(&whole.answer);
         let sentence = match (comparison.sentence(), whole.rank) {

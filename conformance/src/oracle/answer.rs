@@ -150,7 +150,10 @@ impl<T> Answer<T> {
             AnswerTensor::ValueGradient => Some(&mut self.dv),
             _ => {
                 let state = self.head_state.iter_mut();
-                state.map(|(is, tensor)| (*is == name, tensor)).find(|(is, _)| *is).map(|(_, tensor)| tensor)
+                state
+                    .map(|(is, tensor)| (*is == name, tensor))
+                    .find(|(is, _)| *is)
+                    .map(|(_, tensor)| tensor)
             }
         };
         place.map(std::mem::take)

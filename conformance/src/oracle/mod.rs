@@ -73,9 +73,17 @@ pub fn attention_dropped(
     numbers(problem.solve()?)
 }
 
-/// The right answer, and for each number of it how far one unit of each
-/// rounding that attention makes in the case's element type and by this
-/// precision profile moves it: the root of the sum of their squares.
+/// The right answer, and how far roundings move it.
+pub struct Rounded {
+    /// The right answer.
+    pub right: Answer<Vec<f64>>,
+    /// For each number of it: by how much each rounding that attention makes may
+    /// move it, squared, summed over all of them; and the root of that.
+    pub roots: Answer<Vec<f64>>,
+}
+
+/// The right answer, and how far it is moved by the roundings that attention
+/// makes in the case's element type and by this precision profile.
 ///
 /// # Errors
 ///
@@ -85,13 +93,15 @@ pub fn attention_rounded(
     inputs: &Inputs,
     precision: Precision,
     dropout: Option<&[f64]>,
-) -> Result<(Answer<Vec<f64>>, Answer<Vec<f64>>), TchError> {
+) -> Result<Rounded, TchError> {
     let problem = Problem::of(case, inputs)?.with_dropout(dropout)?;
     let roundings = Roundings::new(Roundoffs::of(case.dtype, precision));
     let (answer, squares) = problem.solve_with(Some(roundings))?;
     let squares = squares.ok_or_else(|| TchError::Shape("roundings were asked for".to_owned()))?;
-    let roots = squares.try_map(|_, squares| elements(&squares.f_sqrt()?))?;
-    Ok((numbers(answer)?, roots))
+    Ok(Rounded {
+        right: numbers(answer)?,
+        roots: squares.try_map(|_, squares| elements(&squares.f_sqrt()?))?,
+    })
 }
 
 /// The numbers of an answer, gradients of head state summed over tokens.

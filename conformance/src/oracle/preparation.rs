@@ -96,7 +96,9 @@ impl Prepared {
         }
         if let Some(turn) = &self.turn {
             // Products, and cosines and sines in the element type.
-            let terms = turn.squares(&turn.before.f_square()?)?.f_mul_scalar(2.0 * u2)?;
+            let terms = turn
+                .squares(&turn.before.f_square()?)?
+                .f_mul_scalar(2.0 * u2)?;
             let own = terms.f_add(&self.heads.f_square()?.f_mul_scalar(u2)?)?;
             squares = Some(match squares {
                 Some(squares) => turn.squares(&squares)?.f_add(&own)?,

@@ -97,9 +97,8 @@ impl Problem {
     pub(crate) fn with_dropout(mut self, dropout: Option<&[f64]>) -> Result<Problem, TchError> {
         let [batch, heads, tokens, _] = size4(&self.q)?;
         let keys = size4(&self.k)?[2];
-        let multiplier = |numbers: &[f64]| {
-            Tensor::f_from_slice(numbers)?.f_view([batch, heads, tokens, keys])
-        };
+        let multiplier =
+            |numbers: &[f64]| Tensor::f_from_slice(numbers)?.f_view([batch, heads, tokens, keys]);
         self.dropout = dropout.map(multiplier).transpose()?;
         Ok(self)
     }
@@ -236,8 +235,11 @@ impl Groups {
     pub(super) fn sum(&self, expanded: &Tensor) -> Result<Tensor, TchError> {
         let mut shape = expanded.size();
         shape[1] = self.kv_heads;
-        Tensor::f_zeros(&shape, (Kind::Double, expanded.device()))?
-            .f_index_add(1, &self.index, expanded)
+        Tensor::f_zeros(&shape, (Kind::Double, expanded.device()))?.f_index_add(
+            1,
+            &self.index,
+            expanded,
+        )
     }
 
     /// The sums of squares of what a sum over a group is on the way: each
@@ -246,8 +248,8 @@ impl Groups {
         let mut sums = Vec::new();
         for kv_head in 0..self.kv_heads {
             let of_head = |head: usize| expanded.f_narrow(1, head as i64, 1);
-            let mut heads = (0..self.kv_of_query.len())
-                .filter(|&head| self.kv_of_query[head] == kv_head);
+            let mut heads =
+                (0..self.kv_of_query.len()).filter(|&head| self.kv_of_query[head] == kv_head);
             let mut partial = match heads.next() {
                 Some(head) => of_head(head)?,
                 None => expanded.f_narrow(1, 0, 1)?.f_zeros_like()?,

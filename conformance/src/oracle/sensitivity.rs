@@ -12,25 +12,28 @@
 //! | D = rowsum(dO O) or rowsum(P dP) | what its terms are, and the sum |
 //! | dS = P (dP - D), as a factor of dS K and of dS^T Q | `u dS`, and `x dS` for each step |
 //! | an answer, a sum of n products | `u` times itself, and `w sqrt(n)` times the sum of the products' sizes |
-//! | what a group of query heads adds up to, head after head | `u` times each partial sum |
+//! | what is added up in the element type: dQ block of keys after block of keys; dK and dV block of rows after block of rows, and query head after query head of a group | `u` times each partial sum |
 //!
 //! u is the unit roundoff of the element type, w that of sums (at least
 //! float32's), and x that of what a precision profile stores (`precision.rs`).
 //! A sum of n terms has n partial sums, none larger than the sum of the terms'
 //! sizes: so `sqrt(n)` times that bounds it in whatever order it is taken.
 //!
-//! With `c` the derivative of a cap and `k' = c k`, the sensitivities to a
-//! score s_ij of row i are
+//! A fused kernel recomputes the scores in backward, and its roundings there
+//! are others than those in forward, from which the row's sum, out and D are. So
+//! with `c` the derivative of a cap, `L = c dS + dS (dc/ds)`, and errors b_ij of
+//! a score in backward and f_ij in forward, to first order
 //!
 //! ```text
-//! out_i      P_ij (V_j - out_i)
-//! dV_j'      P_ij' ([j = j'] - P_ij) dO_i
-//! dQ_i       scale (L_ij k_j - dS_ij sum(P k') - P_ij sum(dS k'))
-//! dK_j'      scale ([j = j'] L_ij - c_ij' (P_ij dS_ij' + P_ij' dS_ij)) q_i
+//! out_i   is off by  sum_j P_ij (V_j - out_i) f_ij
+//! dV_j               sum_i P_ij (b_ij - l_i) dO_i                l_i = sum_j P_ij f_ij
+//! dQ_i               scale sum_j (L_ij b_ij - c dS_ij l_i - c P_ij d_i) k_j
+//! dK_j               scale sum_i (L_ij b_ij - c dS_ij l_i - c P_ij d_i) q_i
+//!                                                     d_i = sum_j dS_ij f_ij
 //! ```
 //!
-//! where `L = c dS + dS (dc/ds)`. The errors of D and of a row's sum are shared
-//! by its row, and enter as such.
+//! The l_i and d_i are shared by a row, and so are the other errors of its sum
+//! and of D.
 //!
 //! Source: Higham and Mary, "A new approach to probabilistic rounding error
 //! analysis", SIAM J. Sci. Comput. 41(5), 2019, for roundings as independent
@@ -43,6 +46,19 @@ use super::precision::Roundoffs;
 use super::preparation::Prepared;
 use super::problem::Groups;
 use super::scores::{Scoring, Weights};
+
+/// After how many keys and, in a sequence of so many tokens, after how many rows
+/// sums are stored in the element type: as in PyTorch's flash attention for
+/// CPUs, ATen/native/cpu/FlashAttentionKernel.cpp.
+const KEYS_OF_PARTIAL_SUM: i64 = 512;
+
+fn rows_of_partial_sum(tokens: i64) -> i64 {
+    match tokens {
+        ..192 => 32,
+        192..768 => 64,
+        _ => 256,
+    }
+}
 
 /// Squares of an answer, each tensor in the order of the answer, gradients of
 /// head state summed over tokens.
@@ -84,17 +100,25 @@ pub(super) struct Roundings {
     of_k: Option<Tensor>,
     out: Vec<Tensor>,
     dq: Vec<Tensor>,
-    dk: Option<KeySums>,
-    dv: Option<KeySums>,
+    dk: KeySums,
+    dv: KeySums,
+    /// After how many rows sums over rows are stored.
+    rows_of_partial_sum: i64,
     dslopes: HeadSums,
     dsinks: HeadSums,
 }
 
-/// Of a gradient of keys or values, for each query head: squares, the sum of
-/// the sizes of what is added up, and of how many rows.
+/// Of a gradient of keys or values, for each query head.
+#[derive(Default)]
 struct KeySums {
-    squares: Tensor,
-    sizes: Tensor,
+    /// Of each row on its own.
+    squares: Option<Tensor>,
+    /// The gradient, as far as blocks have been seen.
+    partial: Option<Tensor>,
+    /// The squares of what it was after each block of rows.
+    partial_squares: Option<Tensor>,
+    /// The sum of the sizes of what is added up.
+    sizes: Option<Tensor>,
     rows: f64,
 }
 
@@ -125,8 +149,9 @@ impl Roundings {
             of_k: None,
             out: Vec::new(),
             dq: Vec::new(),
-            dk: None,
-            dv: None,
+            dk: KeySums::default(),
+            dv: KeySums::default(),
+            rows_of_partial_sum: 1,
             dslopes: HeadSums::default(),
             dsinks: HeadSums::default(),
         }
@@ -144,6 +169,7 @@ impl Roundings {
             .squares(&self.roundoffs)?
             .map(|squares| groups.expand(&squares))
             .transpose()?;
+        self.rows_of_partial_sum = rows_of_partial_sum(queries.heads.size()[2]);
         Ok(())
     }
 
@@ -167,7 +193,10 @@ impl Roundings {
         let channels = block.q.size()[3] as f64;
         let [q2, k2] = [block.q, block.k].map(Tensor::f_square);
         let (q2, k2_transposed) = (q2?, k2?.f_transpose(2, 3)?);
-        let sizes = block.q.f_abs()?.f_matmul(&block.k.f_abs()?.f_transpose(2, 3)?)?;
+        let sizes = block
+            .q
+            .f_abs()?
+            .f_matmul(&block.k.f_abs()?.f_transpose(2, 3)?)?;
         let terms2 = q2.f_matmul(&k2_transposed)?;
         let scores = block.products.f_mul_scalar(scoring.scale)?;
         let mut squares = total(&[
@@ -244,7 +273,9 @@ impl Roundings {
         let sizes = weights.f_matmul(&block.v.f_abs()?)?;
         let squares = total(&[
             &of_scores,
-            &weights2.f_matmul(&v2)?.f_mul_scalar(stores * element + factors)?,
+            &weights2
+                .f_matmul(&v2)?
+                .f_mul_scalar(stores * element + factors)?,
             &out2.f_mul(&of.row)?,
             &sizes.f_square()?.f_mul(&of.keys)?.f_mul_scalar(sum)?,
             &out2.f_mul_scalar(element)?,
@@ -256,16 +287,16 @@ impl Roundings {
         let row = over_keys(&of.scores.f_mul(&softmax.f_square()?)?)?;
         let of_weights = of
             .scores
-            .f_mul(&softmax.f_mul_scalar(-2.0)?.f_add_scalar(1.0)?)?
             .f_add(&row)?
-            .f_clamp_min(0.0)?
             .f_add(&of.row)?
             .f_add_scalar(stores * element + factors)?
             .f_mul(&weights2)?
             .f_add(&of.seen.f_mul_scalar(tiny)?)?;
-        let squares = of_weights.f_transpose(2, 3)?.f_matmul(&block.dout.f_square()?)?;
-        let sizes = weights.f_transpose(2, 3)?.f_matmul(&block.dout.f_abs()?)?;
-        KeySums::add(&mut self.dv, squares, sizes, weights.size()[2])
+        let squares = of_weights
+            .f_transpose(2, 3)?
+            .f_matmul(&block.dout.f_square()?)?;
+        self.dv
+            .add(squares, weights, block.dout, self.rows_of_partial_sum)
     }
 
     fn backward(&mut self, block: &Block<'_>, of: &OfBlock) -> Result<(), TchError> {
@@ -281,7 +312,10 @@ impl Roundings {
         let (softmax, dscores) = (&block.scored.weights, block.dscores);
         let (softmax2, dscores2) = (softmax.f_square()?, dscores.f_square()?);
         let value_channels = block.v.size()[3] as f64;
-        let (dout2, v2_transposed) = (block.dout.f_square()?, block.v.f_square()?.f_transpose(2, 3)?);
+        let (dout2, v2_transposed) = (
+            block.dout.f_square()?,
+            block.v.f_square()?.f_transpose(2, 3)?,
+        );
 
         // dP, where a row meets a key, and D, of a row.
         let v_sizes = block.v.f_abs()?;
@@ -390,21 +424,10 @@ impl Roundings {
             &product(&[&of.scores, &local, &local])?.f_matmul(&k2)?,
             &softmax_k.f_square()?.f_mul(&s1)?,
             &dscores_k.f_square()?.f_mul(&s3)?,
-            &product(&[&of.scores, &local, dscores])?
-                .f_matmul(block.k)?
-                .f_mul(&softmax_k)?
-                .f_mul_scalar(-2.0)?,
-            &product(&[&of.scores, &local, softmax])?
-                .f_matmul(block.k)?
-                .f_mul(&dscores_k)?
-                .f_mul_scalar(-2.0)?,
             &product(&[&softmax_k, &dscores_k, &s2])?.f_mul_scalar(2.0)?,
         ])?
         .f_clamp_min(0.0)?;
-        let of_row = total(&[
-            &dscores_k.f_square()?,
-            &d2.f_mul(&softmax_k.f_square()?)?,
-        ])?;
+        let of_row = total(&[&dscores_k.f_square()?, &d2.f_mul(&softmax_k.f_square()?)?])?;
         let sizes = block.dproducts.f_abs()?.f_matmul(&block.k.f_abs()?)?;
         let mut squares = total(&[
             &total(&[
@@ -416,7 +439,8 @@ impl Roundings {
             .f_mul_scalar(scale2)?,
             &dproducts2.f_matmul(&k2)?.f_mul_scalar(factors)?,
             &sizes.f_square()?.f_mul(&of.keys)?.f_mul_scalar(sum)?,
-            &block.dq.f_square()?.f_mul_scalar(element + stored)?,
+            &squared_partial_sums(block.dproducts, block.k)?.f_mul_scalar(element)?,
+            &block.dq.f_square()?.f_mul_scalar(stored)?,
         ])?
         .f_add_scalar(tiny)?;
         if let Some(of_k) = &self.of_k {
@@ -435,7 +459,6 @@ impl Roundings {
         ])?;
         let of_products = total(&[
             &product(&[&of.scores, &local, &local])?,
-            &through(&product(&[&of.scores, &local, &weighed])?)?.f_mul_scalar(-4.0)?,
             &through(&through(&shared)?)?,
         ])?
         .f_clamp_min(0.0)?
@@ -447,12 +470,8 @@ impl Roundings {
             let of_q = of_q.f_narrow(2, block.first, block.q.size()[2])?;
             squares = squares.f_add(&dproducts2.f_transpose(2, 3)?.f_matmul(&of_q)?)?;
         }
-        let sizes = block
-            .dproducts
-            .f_abs()?
-            .f_transpose(2, 3)?
-            .f_matmul(&block.q.f_abs()?)?;
-        KeySums::add(&mut self.dk, squares, sizes, softmax.size()[2])
+        self.dk
+            .add(squares, block.dproducts, block.q, self.rows_of_partial_sum)
     }
 
     /// The squares of the whole answer, given the gradients of the prepared
@@ -464,15 +483,8 @@ impl Roundings {
         groups: &Groups,
     ) -> Result<Sensitivities, TchError> {
         let roundoffs = self.roundoffs;
-        let of_keys = |sums: Option<KeySums>, gradient: &Tensor| -> Result<Tensor, TchError> {
-            let sums = sums.ok_or_else(|| TchError::Shape("there is no row".to_owned()))?;
-            let accumulated = sums.sizes.f_square()?.f_mul_scalar(roundoffs.sum * sums.rows)?;
-            let copies = gradient
-                .f_square()?
-                .f_mul_scalar(roundoffs.element + roundoffs.stored)?
-                .f_add_scalar(roundoffs.tiny)?;
-            let of_heads = total(&[&sums.squares, &accumulated, &copies])?;
-            groups.sum(&of_heads)?.f_add(
+        let of_keys = |sums: KeySums, gradient: &Tensor| -> Result<Tensor, TchError> {
+            groups.sum(&sums.squares(gradient, &roundoffs)?)?.f_add(
                 &groups
                     .squared_partial_sums(gradient)?
                     .f_mul_scalar(roundoffs.element)?,
@@ -492,11 +504,8 @@ impl Roundings {
             })
         };
         let of_scalar = |sums: HeadSums| (!sums.parts.is_empty()).then_some(sums);
-        let one_number = |squares: Option<Tensor>| {
-            squares
-                .map(|squares| squares.f_squeeze_dim(-1))
-                .transpose()
-        };
+        let one_number =
+            |squares: Option<Tensor>| squares.map(|squares| squares.f_squeeze_dim(-1)).transpose();
         let head_state = [
             one_number(over_tokens(of_scalar(self.dslopes))?)?,
             one_number(over_tokens(of_scalar(self.dsinks))?)?,
@@ -515,25 +524,48 @@ impl Roundings {
 }
 
 impl KeySums {
+    /// Adds a block of rows: the squares of its rows, and the numbers `[batch,
+    /// query heads, rows, keys]` and `[batch, query heads, rows, channels]` of
+    /// whose products the gradient is the sum.
     fn add(
-        sums: &mut Option<KeySums>,
+        &mut self,
         squares: Tensor,
-        sizes: Tensor,
-        rows: i64,
+        numbers: &Tensor,
+        vectors: &Tensor,
+        rows_of_partial_sum: i64,
     ) -> Result<(), TchError> {
-        *sums = Some(match sums.take() {
-            None => KeySums {
-                squares,
-                sizes,
-                rows: rows as f64,
-            },
-            Some(before) => KeySums {
-                squares: before.squares.f_add(&squares)?,
-                sizes: before.sizes.f_add(&sizes)?,
-                rows: before.rows + rows as f64,
-            },
-        });
+        let plus = |sum: &Option<Tensor>, more: Tensor| match sum {
+            Some(sum) => sum.f_add(&more),
+            None => Ok(more),
+        };
+        let split = |tensor: &Tensor| tensor.f_split(rows_of_partial_sum, 2);
+        for (numbers, vectors) in split(numbers)?.iter().zip(split(vectors)?) {
+            let by_keys = numbers.f_transpose(2, 3)?;
+            let partial = plus(&self.partial, by_keys.f_matmul(&vectors)?)?;
+            self.partial_squares = Some(plus(&self.partial_squares, partial.f_square()?)?);
+            self.partial = Some(partial);
+            let sizes = by_keys.f_abs()?.f_matmul(&vectors.f_abs()?)?;
+            self.sizes = Some(plus(&self.sizes, sizes)?);
+        }
+        self.squares = Some(plus(&self.squares, squares)?);
+        self.rows += numbers.size()[2] as f64;
         Ok(())
+    }
+
+    /// The squares of a query head's gradient.
+    fn squares(self, gradient: &Tensor, roundoffs: &Roundoffs) -> Result<Tensor, TchError> {
+        let (Some(squares), Some(partial_squares), Some(sizes)) =
+            (self.squares, self.partial_squares, self.sizes)
+        else {
+            return Err(TchError::Shape("there is no row".to_owned()));
+        };
+        total(&[
+            &squares,
+            &partial_squares.f_mul_scalar(roundoffs.element)?,
+            &sizes.f_square()?.f_mul_scalar(roundoffs.sum * self.rows)?,
+            &gradient.f_square()?.f_mul_scalar(roundoffs.stored)?,
+        ])?
+        .f_add_scalar(roundoffs.tiny)
     }
 }
 
@@ -548,9 +580,8 @@ impl HeadSums {
     /// what it takes to store a part and the whole.
     fn over_tokens(self, roundoffs: &Roundoffs) -> Result<Tensor, TchError> {
         let whole = |blocks: &[Tensor]| Tensor::f_cat(blocks, 2);
-        let sum = |tensor: &Tensor| {
-            tensor.f_sum_dim_intlist([0, 2].as_slice(), false, Kind::Double)
-        };
+        let sum =
+            |tensor: &Tensor| tensor.f_sum_dim_intlist([0, 2].as_slice(), false, Kind::Double);
         let (squares, parts) = (whole(&self.squares)?, whole(&self.parts)?);
         let terms = (parts.size()[0] * parts.size()[2]) as f64;
         total(&[
@@ -563,6 +594,20 @@ impl HeadSums {
         ])?
         .f_add_scalar(roundoffs.tiny * terms)
     }
+}
+
+/// The sum of the squares of what `numbers` times `k` is after each block of
+/// keys.
+fn squared_partial_sums(numbers: &Tensor, k: &Tensor) -> Result<Tensor, TchError> {
+    let numbers = numbers.f_split(KEYS_OF_PARTIAL_SUM, 3)?;
+    let keys = k.f_split(KEYS_OF_PARTIAL_SUM, 2)?;
+    let mut partial = numbers[0].f_matmul(&keys[0])?;
+    let mut squares = partial.f_square()?;
+    for (numbers, keys) in numbers.iter().zip(&keys).skip(1) {
+        partial = partial.f_add(&numbers.f_matmul(keys)?)?;
+        squares = squares.f_add(&partial.f_square()?)?;
+    }
+    Ok(squares)
 }
 
 /// The sum over the last dimension, which stays.
@@ -581,7 +626,9 @@ fn total(terms: &[&Tensor]) -> Result<Tensor, TchError> {
 fn product(factors: &[&Tensor]) -> Result<Tensor, TchError> {
     let (first, more) = split(factors)?;
     more.iter()
-        .try_fold(first.shallow_clone(), |product, factor| product.f_mul(factor))
+        .try_fold(first.shallow_clone(), |product, factor| {
+            product.f_mul(factor)
+        })
 }
 
 fn split<'a, 'b>(tensors: &'b [&'a Tensor]) -> Result<(&'a Tensor, &'b [&'a Tensor]), TchError> {

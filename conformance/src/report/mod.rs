@@ -9,4 +9,4 @@ mod tables;
 
 pub use failures::failures;
 pub use progress::Progress;
-pub use tables::{closeness, costs, verdicts};
+pub use tables::{chance, closeness, costs, verdicts};

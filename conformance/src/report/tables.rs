@@ -6,7 +6,7 @@ use comfy_table::presets::ASCII_MARKDOWN;
 use comfy_table::{CellAlignment, Table};
 use fixtures::Dtype;
 
-use crate::judge::Verdict;
+use crate::judge::{self, Comparison, Verdict};
 use crate::oracle::AnswerTensor;
 use crate::runner::{Record, Summary};
 
@@ -28,16 +28,15 @@ pub fn verdicts(summaries: &[Summary]) -> String {
     table(header, rows.collect(), 1)
 }
 
-/// How near the right answers are, for each implementation and element type:
-/// how many are bit-equal to dense SDPA, and how far the worst row is off
-/// relative to what it may be.
+/// How near the right answers are, for each implementation and element type: of
+/// each tensor how many are bit-equal to dense SDPA, and how far the worst
+/// number is off relative to what it may be; of gradients of head state and of
+/// how far errors lean to one side the latter alone.
 pub fn closeness(summaries: &[Summary]) -> Option<String> {
-    let names = AnswerTensor::ALWAYS.map(|tensor| format!("{} = SDPA", tensor.name()));
     let header = ["implementation", "dtype", "answers"]
-        .map(str::to_owned)
         .into_iter()
-        .chain(names)
-        .chain(["worst row".to_owned()]);
+        .chain(AnswerTensor::ALWAYS.map(AnswerTensor::name))
+        .chain(["head state", "lean"]);
     let of_dtype = |summary: &Summary, dtype: Dtype| {
         let comparisons: Vec<_> = summary
             .records
@@ -46,15 +45,21 @@ pub fn closeness(summaries: &[Summary]) -> Option<String> {
             .filter(|record| !record.judgement.verdict.is_failure())
             .filter_map(|record| record.judgement.comparison.as_ref())
             .collect();
-        let exact = AnswerTensor::ALWAYS.map(|tensor| {
-            let of_tensor = comparisons.iter().filter_map(|c| c.of(tensor));
-            let exact = of_tensor.filter(|tensor| tensor.is_exact);
-            exact.count().to_string()
+        let always = AnswerTensor::ALWAYS.map(|tensor| {
+            let of_tensor = || comparisons.iter().filter_map(|c| c.of(tensor));
+            let exact = of_tensor().filter(|tensor| tensor.is_exact).count();
+            let worst = of_tensor().map(|tensor| tensor.tightness);
+            format!("{exact} / {:.2}", worst.fold(0.0, f64::max))
         });
-        let worst = comparisons
-            .iter()
-            .flat_map(|comparison| &comparison.tensors)
-            .fold(0.0, |worst, tensor| tensor.tightness.max(worst));
+        let tensors = || {
+            comparisons
+                .iter()
+                .flat_map(|comparison| &comparison.tensors)
+        };
+        let head_state = tensors()
+            .filter(|tensor| tensor.tensor.is_head_state())
+            .map(|tensor| tensor.tightness);
+        let lean = tensors().map(|tensor| tensor.lean.abs());
         (!comparisons.is_empty()).then(|| {
             [
                 summary.implementation.clone(),
@@ -62,8 +67,11 @@ pub fn closeness(summaries: &[Summary]) -> Option<String> {
                 comparisons.len().to_string(),
             ]
             .into_iter()
-            .chain(exact)
-            .chain([format!("{worst:.2}")])
+            .chain(always)
+            .chain(
+                [head_state.fold(0.0, f64::max), lean.fold(0.0, f64::max)]
+                    .map(|x| format!("{x:.2}")),
+            )
             .collect()
         })
     };
@@ -74,6 +82,22 @@ pub fn closeness(summaries: &[Summary]) -> Option<String> {
     });
     let rows: Vec<_> = rows.collect();
     (!rows.is_empty()).then(|| table(header, rows, 2))
+}
+
+/// How probable it is that the run blamed an honest implementation.
+pub fn chance(summaries: &[Summary]) -> String {
+    let records = summaries.iter().flat_map(|summary| &summary.records);
+    let numbers: usize = records
+        .filter_map(|record| record.judgement.comparison.as_ref())
+        .map(Comparison::numbers)
+        .sum();
+    format!(
+        "{numbers} numbers were compared, each with {:.2} times the root of what its roundings \
+         may be, squared\nand summed. That this blames an honest implementation once has a \
+         probability of at most {:.0e}.\n",
+        judge::lambda(),
+        judge::false_alarm(numbers)
+    )
 }
 
 /// What an answered case costs each implementation in the median, and where; if

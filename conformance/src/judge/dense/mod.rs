@@ -18,9 +18,9 @@ use fixtures::{Array, Case, Input, Inputs, Mask, sharding};
 use tch::{TchError, Tensor};
 
 use self::preparation::{Prepared, leaf};
+use crate::oracle::Answer;
 use crate::oracle::rotary;
 use crate::oracle::visibility::{self, Visibility};
-use crate::oracle::Answer;
 use crate::tensor;
 
 /// Whether SDPA answers `case`: it takes no scores but its own.
@@ -51,7 +51,10 @@ pub(super) fn attention(case: &Case, inputs: &Inputs) -> Result<Answer<Array>, T
             let kv = |tensor: &Tensor| leaf(narrow(tensor, &(kv_head..kv_head + 1))?);
             let q = leaf(query_heads(&queries.heads)?)?;
             let (k, v) = (kv(&keys.heads)?, kv(&v)?);
-            let sight = sight.as_ref().map(|sight| sight.of_heads(&heads)).transpose()?;
+            let sight = sight
+                .as_ref()
+                .map(|sight| sight.of_heads(&heads))
+                .transpose()?;
             let answer = sdpa(case, sight.as_ref(), &q, &k, &v)?;
             // The cotangent of the answer is exactly dO: backward of the sum
             // gives ones, and of the product dO times one.
