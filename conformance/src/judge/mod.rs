@@ -5,6 +5,7 @@ mod comparison;
 mod dense;
 mod dropout;
 mod padding;
+pub mod power;
 mod repetition;
 mod ruler;
 mod tolerance;
@@ -200,9 +201,16 @@ fn compare(
             diagnosis: None,
         }
     });
-    judgements
+    let judgement = judgements
         .reduce(Judgement::gravest)
-        .ok_or_else(|| unclear("there is no rank".to_owned()))
+        .ok_or_else(|| unclear("there is no rank".to_owned()))?;
+    match power::lack(&yardstick) {
+        // What is seen to be wrong is wrong.
+        Some(lack) if !judgement.verdict.is_failure() => {
+            Err(unclear(format!("the case has no power: {lack}")))
+        }
+        _ => Ok(judgement),
+    }
 }
 
 /// Outside training each rank computes by itself.

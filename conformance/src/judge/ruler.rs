@@ -62,6 +62,33 @@ impl Ruler {
         }
     }
 
+    /// Of these rows, those that have a row of the next head of the same token
+    /// behind them, each with that row.
+    pub(super) fn neighbouring_heads(&self, rows: &[usize]) -> Vec<(usize, usize)> {
+        let heads = match self.shape[..] {
+            [_, _, heads, _] | [heads, ..] => heads,
+            [] => 1,
+        };
+        let has_next = |row: &&usize| **row % heads + 1 < heads;
+        rows.iter()
+            .filter(has_next)
+            .map(|&row| (row, row + 1))
+            .collect()
+    }
+
+    /// Of these rows, those that have a row of the same head of the next token
+    /// behind them, each with that row.
+    pub(super) fn next_tokens(&self, rows: &[usize]) -> Vec<(usize, usize)> {
+        let [_, tokens, heads, _] = self.shape[..] else {
+            return Vec::new();
+        };
+        let has_next = |row: &&usize| **row / heads % tokens + 1 < tokens;
+        rows.iter()
+            .filter(has_next)
+            .map(|&row| (row, row + heads))
+            .collect()
+    }
+
     /// How far `answer` is off.
     pub(super) fn measure(&self, answer: &[f64]) -> TensorComparison {
         let is_exact = self.sdpa.as_ref().is_some_and(|sdpa| {
