@@ -72,6 +72,9 @@ CASES = [
     "attention/p1-b1-s13-hq4-hkv2-d8-causal-f64-gaussian-seed34-softcap2",
     "attention/p1-b1-s12-hq4-hkv2-d8-full-f64-peaked-seed35-scale15",
     "attention/p1-b2-s11-hq4-hkv2-d6-causal-f64-gaussian-seed36-expanded",
+    # Values that say where they are from, and a cotangent at one head alone
+    "attention/p1-b2-s13-hq4-hkv2-d8-causal-f64-coded-seed44",
+    "attention/p1-b1-s12-hq6-hkv3-d6-full-f64-coded-seed45-dv7-dohead4",
     # Ranks without a token
     "attention/p1-b2-s3-hq4-hkv2-d6-causal-f64-gaussian-seed37",
     "attention/p1-b2-s2-hq4-hkv4-d6-full-f64-peaked-seed38-zigzag-sinks",

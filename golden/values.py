@@ -5,8 +5,8 @@ says the same thing a second time and shares no code with it. It prints values.j
 
     python golden/values.py > golden/values.json
 
-Of what a name may say behind the seed, here is what the inputs and the structure of a case depend on. Not here: the
-layout of shards, and everything that is computed from the values.
+Of what a name may say behind the seed, here is what the inputs and the structure of a case depend on. Not here:
+everything that is computed from the values.
 """
 
 from __future__ import annotations
@@ -49,6 +49,18 @@ CASES = [
     # what belongs to the heads
     "attention/p2-b1-s4-hq6-hkv3-d4-full-f64-gaussian-seed17-alibi-sinks-norms",
     "attention/p3-b1-s4-hq6-hkv2-d5-full-bf16-gaussian-seed18-alibi-sinks-norms",
+    # values that say where they are from
+    "attention/p2-b3-s19-hq4-hkv2-d16-causal-f64-coded-seed19",
+    "attention/p2-b2-s18-hq4-hkv2-d7-full-bf16-coded-seed20-dv6-window6",
+    "attention/p1-b1-s6-hq2-hkv1-d1-full-f64-coded-seed21",
+    "attention/p2-b3-s6-hq4-hkv2-d8-causal-f32-coded-seed22-expanded",
+    # a cotangent on one rank or head alone
+    "attention/p3-b2-s8-hq4-hkv2-d4-full-f64-gaussian-seed23-dorank0",
+    "attention/p3-b1-s11-hq4-hkv2-d4-causal-f64-peaked-seed24-dorank2",
+    "attention/p2-b2-s11-hq4-hkv2-d4-causal-f64-coded-seed25-zigzag-dorank1",
+    "attention/p3-b1-s11-hq4-hkv2-d4-causal-f64-coded-seed26-striped-padleft-dorank1",
+    "attention/p2-b2-s7-hq4-hkv2-d5-full-f32-coded-seed27-dv3-dohead3",
+    "attention/p2-b1-s7-hq4-hkv4-d5-full-f64-gaussian-seed28-dohead0-packed",
 ]
 # Ties, to both sides, and just above a tie: who goes to 16 bits by way of f32 rounds twice, and that one down.
 ROUNDED = [
@@ -58,12 +70,13 @@ ROUNDED = [
 ]
 NAME = re.compile(
     r"attention/p(?P<world>\d+)-b(?P<batch>\d+)-s(?P<sequence>\d+)-hq(?P<query_heads>\d+)-hkv(?P<kv_heads>\d+)"
-    r"-d(?P<head_size>\d+)-(?P<mask>causal|full)-(?P<dtype>f64|f32|bf16|f16)-(?P<content>gaussian|peaked|onehot)"
+    r"-d(?P<head_size>\d+)-(?P<mask>causal|full)-(?P<dtype>f64|f32|bf16|f16)-(?P<content>gaussian|peaked|onehot|coded)"
     r"-seed(?P<seed>\d+)"
     r"(-dv(?P<value_size>\d+))?(-cross(?P<cross>\d+))?(-(?P<sharding>zigzag|striped))?(-(?P<eval>eval))?"
     r"(-window(?P<window>\d+))?(-docs(?P<docs>\d+)|-ends(?P<ends>\d+))?(-pad(?P<padding>left|right))?"
     r"(-blocks(?P<block>\d+))?(-(?P<alibi>alibi))?(-(?P<sinks>sinks))?(-(?P<norms>norms))?(-(?P<rotary>rope|mrope))?"
     r"(-softcap(?P<softcap>\d+))?(-scale(?P<scale>\d+))?(-dropout(?P<dropout>\d+))?"
+    r"(-dorank(?P<cotangent_rank>\d+)|-dohead(?P<cotangent_head>\d+))?"
     r"(-(?P<strides>transposed|packed|expanded))?"
 )
 
@@ -100,6 +113,8 @@ class Case:
     softcap: int | None
     scale: int | None  # in hundredths
     dropout: int | None  # in hundredths
+    cotangent_rank: int | None
+    cotangent_head: int | None
     strides: str | None
 
 
@@ -172,6 +187,22 @@ def real_tokens(case: Case) -> list[range]:
     return rows
 
 
+def runs(length: int, parts: int) -> list[list[int]]:
+    """Consecutive runs of tokens, of which the first are one longer where the parts do not divide the length."""
+    tokens = iter(range(length))
+    return [list(itertools.islice(tokens, length // parts + (p < length % parts))) for p in range(parts)]
+
+
+def tokens_of(case: Case, rank: int) -> list[int]:
+    """The tokens that a rank holds in training."""
+    if case.sharding == "striped":
+        return [t for t in range(case.sequence) if t % case.world == rank]
+    if case.sharding == "zigzag":
+        chunks = runs(case.sequence, 2 * case.world)
+        return chunks[rank] + chunks[-1 - rank]
+    return runs(case.sequence, case.world)[rank]
+
+
 def layout(case: Case) -> list[list[list[bool]]] | None:
     """Whether the queries of a block see the keys of a block, [query head][block][block]."""
     if case.block is None:
@@ -223,28 +254,42 @@ def tensors(name: str) -> dict[str, tuple[list[int], list[float]]]:
     """Shape and elements of q, k, v, dout in [batch, token, head, channel] order, and of what belongs to the heads."""
     case = parse(name)
     seen, real = seen_keys(case), real_tokens(case)
-    gain = 5.0 / math.sqrt(float(case.head_size))
+    with_cotangent = range(case.sequence) if case.cotangent_rank is None else tokens_of(case, case.cotangent_rank)
+    root = math.sqrt(float(case.head_size))
 
     def key(b: int, t: int, h: int, c: int) -> float:
         return gaussian(case.seed, K, 0 if case.strides == "expanded" else b, t, h, c)
 
     def query(b: int, t: int, h: int, c: int) -> float:
         plain = gaussian(case.seed, Q, b, t, h, c)
-        if case.content != "peaked":
+        if case.content not in ("peaked", "coded"):
             return plain
+        noise = plain * (0.5 if case.content == "peaked" else 0.25)
         keys = seen[b][h][t]
         if not keys:
-            return 0.5 * plain
+            return noise
         target = keys[place_hash(case.seed, PEAK, b, t, h, 0) % len(keys)]
-        return gain * key(b, target, h * case.kv_heads // case.query_heads, c) + 0.5 * plain
+        leaned_on = [key(b, target, h * case.kv_heads // case.query_heads, i) for i in range(case.head_size)]
+        gain = 5.0 / root
+        if case.content == "coded":
+            square = 0.0
+            for x in leaned_on:  # not sum(), which some Pythons compensate
+                square += x * x
+            gain = 7.5 * root / max(square, 1.0)
+        return gain * leaned_on[c] + noise
 
     def value(b: int, t: int, h: int, c: int) -> float:
         if case.content == "onehot":
             return 1.0 if c == t else 0.0
+        if case.content == "coded":
+            row = 0 if case.strides == "expanded" else b
+            check = (t + 5 * h + 7 * row) % 17
+            return float([row + 1, h + 1, t // 16, t % 16 - 8, check - 8][c % 5])
         return gaussian(case.seed, V, 0 if case.strides == "expanded" else b, t, h, c)
 
     def cotangent(b: int, t: int, h: int, c: int) -> float:
-        return gaussian(case.seed, DOUT, b, t, h, c) if t in real[b] else 0.0
+        is_there = t in real[b] and t in with_cotangent and case.cotangent_head in (None, h)
+        return gaussian(case.seed, DOUT, b, t, h, c) if is_there else 0.0
 
     def slope(h: int) -> float:
         return 0.125 * (h + 1) / case.query_heads

@@ -24,6 +24,7 @@
 //! shares no arithmetic with the reference that it also judges.
 
 pub mod catalogue;
+pub mod clause;
 pub mod command_line;
 pub mod diagnosis;
 pub mod exit_code;
@@ -34,4 +35,5 @@ pub mod report;
 pub mod runner;
 mod tensor;
 
+pub use clause::Clause;
 pub use exit_code::ExitCode;

@@ -130,6 +130,16 @@ const DEFECTS: [Change; 17] = [
     |c| (c.extras.defect, c.extras.debug) = (Some(Defect::Layers), Some(3)),
 ];
 
+/// Several at once, where one may forget the other or come before it.
+const TOGETHER: [Change; 2] = [
+    |c| (c.extras.softcap, c.extras.alibi) = (Some(2), true),
+    |c| {
+        c.extras.eval = true;
+        c.extras.documents = Some(Documents::ByPosition(3));
+        c.extras.padding = Some(Padding::Left);
+    },
+];
+
 /// One query head for each rank, and fewer KV heads: what replication leaves
 /// behind in training breaks evaluation here in DeepSpeed 0.19.8
 /// (`ulysses_sp.py`, line 317).
@@ -158,6 +168,7 @@ pub(super) fn cases(world: usize) -> impl Iterator<Item = Case> {
         .chain(one_head_each)
         .chain(&DEFECTS)
         .enumerate()
+        .chain(TOGETHER.iter().enumerate())
         .map(move |(i, change)| changed(world, i + world, *change))
         // A rank that is alone holds any number of tokens rightly.
         .filter(|case| case.world > 1 || case.extras.defect != Some(Defect::Sharding))
