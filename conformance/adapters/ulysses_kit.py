@@ -27,6 +27,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: one thread for each rank, no pool to fork
 
+import contextlib
 import dataclasses
 import faulthandler
 import functools
@@ -38,11 +39,13 @@ import sys
 import threading
 import time
 import traceback
+import types
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import safetensors.torch
 import torch
+import torch.distributed._functional_collectives
 import torch.fx.experimental.symbolic_shapes  # half a second; autograd.grad imports it, in every rank if not here
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -93,7 +96,24 @@ LAUNCHERS = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
+# What an implementation may declare, the default first: what it rounds, by what the cotangent of out is multiplied
+# ("times-ranks" for ranks whose losses are averaged), how the ranks' parts of the gradients of HEAD_STATE become one.
+DECLARED = {
+    "precision": ("fused", "stored", "tf32"),
+    "upstream": ("share", "times-ranks"),
+    "parameters": ("sum", "average"),
+}
 HEAD_STATE = ("slopes", "sinks", "q_norm", "k_norm")  # learned with the heads: gradients are asked
+# What a rank says that it enters and leaves, of torch.distributed and of its functional collectives. What only
+# starts is left at once: then it is `wait_tensor` or `Work.wait` in which a rank waits.
+COLLECTIVES = (
+    *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_gather_tensor"),
+    *("all_gather_tensor_autograd", "all_reduce", "all_reduce_coalesced", "all_to_all", "all_to_all_single"),
+    *("all_to_all_single_autograd", "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list", "gather"),
+    *("gather_object", "irecv", "isend", "monitored_barrier", "permute_tensor", "recv", "recv_object_list", "reduce"),
+    *("reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_tensor_autograd", "scatter", "scatter_object_list"),
+    *("send", "send_object_list", "wait_tensor"),
+)
 OPTIONAL_TENSORS = ("document_ends", "attention_mask", "layout", *HEAD_STATE)
 
 
@@ -111,11 +131,31 @@ class Rank:
     init_method: str  # a file:// store in the session folder, for init_process_group
     session: Path
     case: int | None = None
+    phase: str = ""  # what it does now
+    entered: int = 0  # collectives, in this phase
+    is_inside: bool = False  # one of them, which may call others
 
     def progress(self, words: str) -> None:
         """Says what this rank does now. The judge quotes the last such line when a rank hangs or dies."""
-        line = words if self.case is None else f"case {self.case}: {words}"
-        _write(self.session / "progress" / f"rank-{self.rank}", f"{line}\n".encode())
+        self.phase, self.entered = words, 0
+        self._say("")
+
+    @contextlib.contextmanager
+    def inside(self, collective: str) -> Iterator[None]:
+        """Says that it is in a collective, and then that it has left it: `backward, in all_to_all_single #2`."""
+        self.entered += 1
+        number = self.entered
+        self._say(f", in {collective} #{number}")
+        self.is_inside = True
+        try:
+            yield
+        finally:
+            self.is_inside = False
+            self._say(f", after {collective} #{number}")
+
+    def _say(self, more: str) -> None:
+        case = "" if self.case is None else f"case {self.case}: "
+        _write(f"{self.session}/progress/rank-{self.rank}", f"{case}{self.phase}{more}\n".encode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,20 +220,28 @@ Setup = Callable[[Rank], Any]
 
 
 def serve(*, implementation: str, version: str, features: Sequence[str], setup: Setup, attention: Attention,
-          libraries: Sequence[str] = ()) -> None:  # fmt: skip
+          libraries: Sequence[str] = (), precision: str = "fused", upstream: str = "share",
+          parameters: str = "sum") -> None:  # fmt: skip
     """Answers every case of the session as the ranks that are to run here, then exits the process.
 
-    `features` are what it claims of FEATURES, `libraries` installed distributions whose versions the report names.
+    `features` are what it claims of FEATURES, `libraries` installed distributions whose versions the report names,
+    `precision`, `upstream` and `parameters` which of DECLARED it wants to be judged by.
     """
     if unknown := sorted(set(features) - set(FEATURES)):
         raise ValueError(f"unknown features {unknown}; this kit knows {list(FEATURES)}")
+    declared = {"precision": precision, "upstream": upstream, "parameters": parameters}
+    for what, said in declared.items():
+        if said not in DECLARED[what]:
+            raise ValueError(f"{what} is {said!r}; it is one of {DECLARED[what]}")
     folder = Path(os.environ.get("ULYSSES_EXCHANGE") or sys.exit("ulysses_kit: ULYSSES_EXCHANGE is not set")).absolute()
     session = json.loads((folder / "session.json").read_text())
     if session["protocol"] != PROTOCOL:
         sys.exit(f"ulysses_kit: the session speaks protocol {session['protocol']}, this kit {PROTOCOL}")
     versions = {"torch": torch.__version__, **{name: importlib.metadata.version(name) for name in libraries}}
     hello = {"implementation": implementation, "version": version, "libraries": versions, "features": list(features)}
+    hello["declared"] = declared
 
+    _watch_collectives()
     run = functools.partial(_run_rank, folder, session, hello, setup, attention)
     for rank_key, world_key, local_key in LAUNCHERS:
         if rank_key in os.environ and world_key in os.environ:
@@ -228,6 +276,7 @@ def _fork_ranks(folder: Path, session: dict, run: Callable[[int, int, int], int]
             how = f"died of {signal.Signals(-code).name}" if code < 0 else f"left with exit status {code}"
             if code != 0 or not (folder / "end").exists():
                 failures.append(f"rank {rank} (pid {pid}) {how}")
+                _add_to_last_words(folder / "progress" / f"rank-{rank}", how)
         elif failures:  # all that died by themselves are named by now
             break
         elif _judge_is_there(session["judge"]):
@@ -259,7 +308,8 @@ def _run_rank(folder: Path, session: dict, hello: dict, setup: Setup, attention:
     if device.type == "cuda":
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    me = Rank(rank, session["world"], device, f"file://{folder}/store", folder)
+    global _here
+    _here = me = Rank(rank, session["world"], device, f"file://{folder}/store", folder)
     me.progress("setup")
     setup(me)  # what it raises ends this rank, with the traceback in its log
     hello.update(protocol=PROTOCOL, rank=rank, world=me.world, pid=os.getpid(), host=socket.gethostname())
@@ -366,11 +416,45 @@ def _gradients(out: Tensor, leaves: dict[str, Tensor], dout: Tensor) -> tuple[Te
     return gradients
 
 
-def _write(path: Path, content: bytes) -> None:
+_here: Rank | None = None  # the rank that this process is
+
+
+def _watch_collectives() -> None:
+    """From now on ranks say which collective they are in, by whatever name a module has imported it."""
+    watched = {}
+    for home in (torch.distributed._functional_collectives, torch.distributed.distributed_c10d):
+        for function in (vars(home)[name] for name in COLLECTIVES if name in vars(home)):
+            watched[function] = _watched(function, function.__name__)
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if type(value) is types.FunctionType and value in watched:  # isinstance asks odd objects more
+                setattr(module, name, watched[value])
+    torch.distributed.Work.wait = _watched(torch.distributed.Work.wait, "Work.wait")
+
+
+def _watched(function: Callable, name: str) -> Callable:
+    @functools.wraps(function)
+    def watched(*args, **kwargs):
+        if _here is None or _here.is_inside or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        with _here.inside(name):
+            return function(*args, **kwargs)
+
+    return watched
+
+
+def _add_to_last_words(path: Path, how: str) -> None:
+    if path.exists():
+        _write(path, f"{path.read_text().strip()}, {how}\n".encode())
+
+
+def _write(path: Path | str, content: bytes) -> None:
     """A file counts once it has its final name: nobody reads half of one."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_bytes(content)
-    beside.rename(path)
+    folder, name = os.path.split(path)
+    beside = f"{folder}/.{name}.tmp"
+    with open(beside, "wb", buffering=0) as file:
+        file.write(content)
+    os.rename(beside, path)
 
 
 def _judge_is_there(judge: dict) -> bool:

@@ -11,9 +11,10 @@ use crate::runner::Summary;
 #[repr(u8)]
 pub enum ExitCode {
     /// Every case that was asked was answered rightly, or refused where a
-    /// refusal was due.
+    /// refusal was due, or failed as is known.
     Success = 0,
     /// At least one case failed, crashed or hung: the implementation's fault.
+    /// Or the file of known failures tells of one that is none.
     Failed = 1,
     /// The command line makes no sense. Nothing was run.
     Usage = 2,

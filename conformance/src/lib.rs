@@ -3,12 +3,14 @@
 //!
 //! ```no_run
 //! use ulysses_conformance::implementation::{Interrupt, ReferenceOnThreads};
+//! use ulysses_conformance::known::KnownFailures;
 //! use ulysses_conformance::{ExitCode, catalogue, runner};
 //!
 //! let mut reference = ReferenceOnThreads::new(ulysses::Kernel::Sdpa);
 //! let summary = runner::run(
 //!     &mut reference,
 //!     &catalogue::cases(),
+//!     &mut KnownFailures::default(),
 //!     &Interrupt::default(),
 //!     &mut |event| println!("{event:?}"),
 //! );
@@ -30,9 +32,12 @@ pub mod diagnosis;
 pub mod exit_code;
 pub mod implementation;
 pub mod judge;
+pub mod known;
 pub mod oracle;
 pub mod report;
+pub mod rivals;
 pub mod runner;
+pub mod shrink;
 mod tensor;
 
 pub use clause::Clause;

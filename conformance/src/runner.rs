@@ -4,10 +4,12 @@ use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
+use fixtures::exchange::Declared;
 use fixtures::{Case, Feature, Inputs};
 
-use crate::implementation::{Failure, Implementation, Interrupt, RankAnswer};
+use crate::implementation::{Failure, Implementation, Interrupt, Log, RankAnswer};
 use crate::judge::{self, Cause, Due, Judgement, Verdict};
+use crate::known::KnownFailures;
 
 /// Something that happened in a run.
 #[derive(Debug)]
@@ -21,10 +23,35 @@ pub enum Event<'a> {
     },
     /// A case is about to be asked.
     Asking(&'a Case),
+    /// A case went wrong: its evidence, before its verdict is told.
+    WentWrong(&'a Evidence<'a>),
     /// A case has its verdict.
     Judged(&'a Record),
     /// The run is over.
     Finished,
+}
+
+/// All that there is to see of a case that went wrong.
+#[derive(Debug)]
+pub struct Evidence<'a> {
+    /// What became of it.
+    pub record: &'a Record,
+    /// Its questions in turn, up to the one that went wrong. None where the
+    /// implementation could not be started.
+    pub asked: &'a [Asked],
+    /// What was written meanwhile, by whom it was.
+    pub logs: &'a [Log],
+}
+
+/// A question and what came back.
+#[derive(Debug)]
+pub struct Asked {
+    /// The question.
+    pub question: Case,
+    /// Its inputs, over the whole sequence.
+    pub inputs: Inputs,
+    /// The answers of all ranks; none where not every rank answered.
+    pub answers: Vec<RankAnswer>,
 }
 
 /// What became of one case, and what it cost.
@@ -32,6 +59,8 @@ pub enum Event<'a> {
 pub struct Record {
     /// The case.
     pub case: Case,
+    /// By which conventions it was judged.
+    pub declared: Declared,
     /// Its verdict, and why.
     pub judgement: Judgement,
     /// From posing the case to the last answer.
@@ -65,7 +94,8 @@ impl Summary {
     }
 }
 
-/// Asks `implementation` each of `cases`, in their order, and judges it.
+/// Asks `implementation` each of `cases`, in their order, and judges it. What
+/// fails as is known has the verdict that says so.
 ///
 /// What it does not claim is not asked, but for one case for each limit that it
 /// does not claim to be without: there the right answer is a refusal. A case of
@@ -73,6 +103,7 @@ impl Summary {
 pub fn run(
     implementation: &mut dyn Implementation,
     cases: &[Case],
+    known: &mut KnownFailures,
     interrupt: &Interrupt,
     sink: &mut dyn FnMut(Event<'_>),
 ) -> Summary {
@@ -96,17 +127,26 @@ pub fn run(
         let start = Instant::now();
         let claims = implementation.claims(case.world);
         summary.starting += start.elapsed();
-        let record = match claims {
-            Ok(claims) => match due(case, &claims, &mut stepped_over) {
-                Ok(due) => ask(implementation, case, due),
-                Err(feature) => Some(Record::not_claimed(case, feature)),
+        let told = match claims {
+            Ok(claims) => match due(case, &claims.features, &mut stepped_over) {
+                Ok(due) => ask(implementation, case, claims.declared, due),
+                Err(feature) => Some((Record::not_claimed(case, feature), Vec::new())),
             },
-            Err(failure) => Record::without_answer(case, failure),
+            Err(failure) => Record::without_answer(case, failure).map(|r| (r, Vec::new())),
         };
-        let Some(record) = record else {
+        let Some((mut record, asked)) = told else {
             summary.is_interrupted = true;
             break;
         };
+        known.note(implementation.name(), &mut record);
+        let verdict = record.judgement.verdict;
+        if verdict.is_failure() || verdict == Verdict::Unclear {
+            sink(Event::WentWrong(&Evidence {
+                record: &record,
+                asked: &asked,
+                logs: &implementation.logs(case.world),
+            }));
+        }
         sink(Event::Judged(&record));
         summary.records.push(record);
     }
@@ -118,7 +158,7 @@ pub fn run(
 /// feature for want of which it is not asked.
 ///
 /// A limit is stepped over by one question that is good but for this limit.
-fn due(
+pub(crate) fn due(
     case: &Case,
     claims: &BTreeSet<String>,
     stepped_over: &mut BTreeSet<Feature>,
@@ -143,12 +183,19 @@ fn due(
 
 /// Asks and judges one case, its questions in turn up to the first that is not
 /// answered rightly; `None` if that was interrupted.
-fn ask(implementation: &mut dyn Implementation, case: &Case, due: Due) -> Option<Record> {
+pub(crate) fn ask(
+    implementation: &mut dyn Implementation,
+    case: &Case,
+    declared: Declared,
+    due: Due,
+) -> Option<(Record, Vec<Asked>)> {
     let questions = case.questions();
     let mut record = Record::unasked(case, Judgement::new(Verdict::Exact, ""));
-    let mut first = None;
+    record.declared = declared;
+    let mut asked: Vec<Asked> = Vec::new();
     for (i, question) in questions.iter().enumerate() {
-        let (judgement, answers) = ask_one(implementation, question, due, &mut record)?;
+        let (judgement, one) = ask_one(implementation, question, due, &mut record)?;
+        asked.push(one);
         if questions.len() == 1 {
             record.judgement = judgement;
             break;
@@ -157,52 +204,59 @@ fn ask(implementation: &mut dyn Implementation, case: &Case, due: Due) -> Option
             record.judgement = of_question(judgement, i + 1, &questions);
             break;
         }
-        record.judgement = match first {
-            None => judgement,
-            Some(_) => record.judgement.gravest(judgement),
+        record.judgement = match i {
+            0 => judgement,
+            _ => record.judgement.gravest(judgement),
         };
-        let first = first.get_or_insert_with(|| answers.clone());
         if i + 1 == questions.len()
-            && let Some(judgement) = judge::repeated(question, first, &answers)
+            && let [first, .., last] = asked.as_slice()
+            && let Some(judgement) = judge::repeated(question, &first.answers, &last.answers)
         {
             record.judgement = judgement;
         }
     }
-    Some(record)
+    Some((record, asked))
 }
 
-/// Asks and judges one question, and adds to `costs` what that costs. No
-/// answers where there are none; `None` if it was interrupted.
+/// Asks and judges one question, and adds to `costs` what that costs; `None` if
+/// it was interrupted.
 fn ask_one(
     implementation: &mut dyn Implementation,
     question: &Case,
     due: Due,
     costs: &mut Record,
-) -> Option<(Judgement, Vec<RankAnswer>)> {
-    let inputs = Inputs::of(question);
-    let start = Instant::now();
-    let answers = match implementation.ask(question, &inputs) {
-        Ok(answers) => answers,
-        Err(failure) => return Some((judge::without_answer(failure)?, Vec::new())),
+) -> Option<(Judgement, Asked)> {
+    let mut asked = Asked {
+        question: question.clone(),
+        inputs: judge::inputs_for(question, costs.declared),
+        answers: Vec::new(),
     };
-    let asked = start.elapsed();
+    let start = Instant::now();
+    match implementation.ask(question, &asked.inputs) {
+        Ok(answers) => asked.answers = answers,
+        Err(failure) => return Some((judge::without_answer(failure)?, asked)),
+    };
+    let Asked {
+        inputs, answers, ..
+    } = &asked;
+    let duration = start.elapsed();
     let computed = answers
         .iter()
         .flatten()
         .map(|(info, _)| info.elapsed_s)
         .fold(0.0, f64::max);
     // An error inside the judge is never a pass and never a failure.
-    let judge = AssertUnwindSafe(|| judge::judge(question, &inputs, due, &answers));
+    let judge = AssertUnwindSafe(|| judge::judge(question, inputs, costs.declared, due, answers));
     let judgement = catch_unwind(judge).unwrap_or_else(|_| {
         Judgement::new(
             Verdict::Unclear,
             "the judge panicked; what it said is on the standard error",
         )
     });
-    costs.asked += asked;
+    costs.asked += duration;
     costs.computed += Duration::try_from_secs_f64(computed).unwrap_or_default();
-    costs.judged += start.elapsed() - asked;
-    Some((judgement, answers))
+    costs.judged += start.elapsed() - duration;
+    Some((judgement, asked))
 }
 
 /// Says which of several questions it was that got this judgement.
@@ -236,6 +290,7 @@ impl Record {
     fn unasked(case: &Case, judgement: Judgement) -> Record {
         Record {
             case: case.clone(),
+            declared: Declared::default(),
             judgement,
             asked: Duration::ZERO,
             computed: Duration::ZERO,

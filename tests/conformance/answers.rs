@@ -2,7 +2,7 @@
 // Not every test uses all of it.
 #![allow(dead_code)]
 
-use fixtures::exchange::{AnswerInfo, AnswerStatus, Tensors};
+use fixtures::exchange::{AnswerInfo, AnswerStatus, Declared, Tensors};
 use fixtures::{Array, Case, Inputs, sharding};
 use ulysses_conformance::implementation::RankAnswer;
 use ulysses_conformance::judge::{Due, Judgement, judge};
@@ -69,7 +69,7 @@ pub(crate) fn said(status: AnswerStatus, message: &str) -> RankAnswer {
 }
 
 pub(crate) fn judged(case: &Case, due: Due, answers: Vec<RankAnswer>) -> Judgement {
-    judge(case, &Inputs::of(case), due, &answers)
+    judge(case, &Inputs::of(case), Declared::default(), due, &answers)
 }
 
 /// Judges the right answer, spoiled.

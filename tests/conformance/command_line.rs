@@ -14,9 +14,10 @@ fn with_filters(check: impl FnOnce()) {
     settings.add_filter(r"\S*/ulysses-conformance", "ulysses-conformance");
     settings.add_filter(r"'\S*/python \S*/adapters/", "'python adapters/");
     settings.add_filter(r"\d+\.\d m?s\b", "TIME");
-    settings.add_filter(r"\d\.\d\de[-+]?\d+", "NUMBER");
+    settings.add_filter(r"-?\d\.\d+e[-+]?\d+", "NUMBER");
+    settings.add_filter(r"\d+ of (\d+) numbers", "COUNT of $1 numbers");
     settings.add_filter(r"\b0\.\d\d\b", "RATIO");
-    settings.add_filter(r"worst at batch .*?\):", "worst at PLACE:");
+    settings.add_filter(r"worst at batch .*?: ", "worst at PLACE: ");
     settings.add_filter(r" {2,}\|", " |");
     settings.add_filter(r"\| {2,}", "| ");
     settings.add_filter(r"-{5,}", "---");

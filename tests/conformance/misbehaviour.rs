@@ -70,7 +70,12 @@ fn verdicts(run: &Run) -> Vec<String> {
 }
 
 #[rstest]
-#[case::crash("crash.py", "crash", "a process ended: rank 1 (case 1: forward)")]
+#[case::crash("crash.py", "crash", "rank 1 ended (SIGKILL) in forward\n")]
+#[case::dies_in_backward(
+    "dies_in_backward.py",
+    "crash",
+    "rank 1 ended (SIGSEGV) in backward, after all_to_all_single #2\n"
+)]
 #[case::garbage("garbage.py", "fail", "rank 1 answered garbage: ")]
 #[case::raises("raises.py", "fail", "rank 0: RuntimeError: boom")]
 fn misbehaviour_costs_one_case_and_is_named(
@@ -100,13 +105,31 @@ fn a_hang_costs_one_case_and_names_who_did_not_come() {
     assert!(run.stdout.contains(why), "{}", run.stdout);
 }
 
+#[rstest]
+#[case::skips(
+    "skips_exchange.py",
+    "rank 0 waits in all_to_all_single #2 of forward; rank 1 never came: it has answered\n"
+)]
+#[case::enters_another(
+    "other_collective.py",
+    "rank 0 waits in all_to_all_single #1 of forward; rank 1 waits in recv #1 of forward\n"
+)]
+fn a_hang_in_a_collective_names_who_waits_in_which(#[case] adapter: &str, #[case] why: &str) {
+    let run = judged(&fake(adapter), &three(), &["--time-limit", "4"]);
+    assert_eq!(run.code, 1);
+    assert_eq!(verdicts(&run), ["exact", "hang", "exact"], "{}", run.stderr);
+    let why = format!("no answer within 4 s: {why}");
+    assert!(run.stdout.contains(&why), "{}", run.stdout);
+}
+
 #[test]
 fn an_error_on_one_rank_that_leaves_the_others_waiting_is_told() {
     let start = Instant::now();
     let run = judged(&fake("one_raises.py"), &three(), &["--time-limit", "90"]);
     assert_eq!(run.code, 1);
     assert_eq!(verdicts(&run), ["exact", "hang", "exact"], "{}", run.stderr);
-    let why = "rank 0: RuntimeError: boom, and no answer of rank 1 (case 1: forward)\n";
+    let why = "rank 0: RuntimeError: boom, and \
+               rank 1 waits in all_to_all_single #1 of forward\n";
     assert!(run.stdout.contains(why), "{}", run.stdout);
     assert!(
         run.stdout.contains("raise RuntimeError(\"boom\")"),
@@ -290,11 +313,7 @@ fn a_rank_killed_in_the_middle_of_a_run_costs_its_case_alone() {
         "{}",
         run.stderr
     );
-    assert!(
-        run.stdout.contains("a process ended: rank"),
-        "{}",
-        run.stdout
-    );
+    assert!(run.stdout.contains("rank 1 ended"), "{}", run.stdout);
     assert_nothing_stays_behind(exchange.path());
 }
 
@@ -363,7 +382,7 @@ fn a_case_on_one_rank_has_no_one_else_to_blame() {
     let run = judged(&fake("crash.py"), &[name], &[]);
     assert_eq!(verdicts(&run), ["crash"]);
     assert!(
-        run.stdout.contains("a process ended: rank 0"),
+        run.stdout.contains("rank 0 ended (SIGKILL)"),
         "{}",
         run.stdout
     );

@@ -11,7 +11,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use fixtures::exchange::{
-    self, AnswerInfo, AnswerStatus, CaseInfo, Hello, Judge, PROTOCOL, Session, SessionInfo,
+    self, AnswerInfo, AnswerStatus, CaseInfo, Declared, Hello, Judge, PROTOCOL, Parameters,
+    Precision, Session, SessionInfo, Upstream,
 };
 use fixtures::{Case, Feature, Inputs};
 use rstest::rstest;
@@ -84,8 +85,25 @@ fn what_rust_writes_is_valid() {
         version: "1".to_owned(),
         libraries: BTreeMap::new(),
         features: Feature::ALL.map(|feature| feature.name().to_owned()).into(),
+        declared: Declared::default(),
     };
     assert_valid("hello", &json!(hello));
+    for precision in [Precision::Fused, Precision::Stored, Precision::Tf32] {
+        for upstream in [Upstream::Share, Upstream::TimesRanks] {
+            for parameters in [Parameters::Sum, Parameters::Average] {
+                let declared = Declared {
+                    precision,
+                    upstream,
+                    parameters,
+                };
+                let hello = Hello {
+                    declared,
+                    ..hello.clone()
+                };
+                assert_valid("hello", &json!(hello));
+            }
+        }
+    }
 }
 
 #[rstest]

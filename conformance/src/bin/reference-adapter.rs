@@ -15,7 +15,9 @@ use clap::Parser;
 use fixtures::exchange::{FOLDER_VARIABLE, Hello, PROTOCOL, Session, serve};
 use nix::unistd::{dup2_stderr, dup2_stdout};
 use ulysses::{Communicator, Kernel, MpiWorld};
-use ulysses_conformance::implementation::{ReferenceRank, features, kernel_parser};
+use ulysses_conformance::implementation::{
+    Claims, ReferenceRank, TellingCommunicator, claims, kernel_parser,
+};
 
 /// Answers the cases of an exchange with the bundled reference. To be started
 /// by mpirun, with the folder of the exchange in ULYSSES_EXCHANGE.
@@ -42,6 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     dup2_stderr(log("stderr")?)?;
 
     tch::set_num_threads(1);
+    let Claims { features, declared } = claims(arguments.kernel);
     let hello = Hello {
         protocol: PROTOCOL,
         rank,
@@ -51,10 +54,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         implementation: "reference-mpi".to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         libraries: BTreeMap::new(),
-        features: features(),
+        features,
+        declared,
     };
-    let mut reference = ReferenceRank::new(communicator, arguments.kernel);
+    let telling = Arc::new(TellingCommunicator::new(communicator, session.clone()));
+    let mut reference = ReferenceRank::new(telling.clone(), arguments.kernel);
     serve(&session, &info, &hello, |case, inputs| {
+        telling.begin(case.number);
         reference.answer(case, inputs)
     })?;
     Ok(())

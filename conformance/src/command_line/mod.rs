@@ -19,8 +19,9 @@ pub struct Arguments {
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0    all that was asked was answered rightly, or refused where that was due
-  1    at least one case failed, crashed or hung
+  0    all that was asked was answered rightly, or refused where that was due,
+       or failed as is known
+  1    at least one case failed, crashed or hung, or is known to and does not
   2    the command line makes no sense
   3    no case was judged
   4    at least one case is unclear, and none failed

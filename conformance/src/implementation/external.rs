@@ -1,7 +1,7 @@
 //! An implementation behind the exchange: somebody's command, started on as
 //! many ranks as the cases want.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use std::time::Duration;
 use fixtures::{Case, Inputs};
 
 use super::pool::Pool;
-use super::{Failure, Implementation, Interrupt, RankAnswer};
+use super::{Claims, Failure, Implementation, Interrupt, Log, RankAnswer};
 
 /// A command that starts the ranks.
 #[derive(Clone, Debug)]
@@ -109,9 +109,9 @@ pub struct External {
     conditions: Conditions,
     interrupt: Interrupt,
     pool: Option<Pool>,
-    /// The world sizes on which it cannot be started, and how that went. It is
-    /// not tried again for every case.
-    unstartable: BTreeMap<usize, Failure>,
+    /// The world sizes on which it cannot be started, how that went, and what
+    /// was written then. It is not tried again for every case.
+    unstartable: BTreeMap<usize, (Failure, Vec<Log>)>,
 }
 
 impl External {
@@ -134,18 +134,20 @@ impl External {
 
     /// Ranks that wait for a case: those of before, or fresh ones.
     fn pool(&mut self, world: usize) -> Result<&mut Pool, Failure> {
-        if let Some(failure) = self.unstartable.get(&world) {
+        if let Some((failure, _)) = self.unstartable.get(&world) {
             return Err(failure.clone());
         }
         let old = self.pool.take();
         let pool = match old.filter(|pool| pool.world() == world && pool.is_idle()) {
             Some(pool) => pool,
-            None => Pool::start(&self.launch, world, &self.conditions, &self.interrupt)
-                .inspect_err(|failure| {
+            None => Pool::start(&self.launch, world, &self.conditions, &self.interrupt).map_err(
+                |(failure, logs)| {
                     if !matches!(failure, Failure::Interrupted) {
-                        self.unstartable.insert(world, failure.clone());
+                        self.unstartable.insert(world, (failure.clone(), logs));
                     }
-                })?,
+                    failure
+                },
+            )?,
         };
         Ok(self.pool.insert(pool))
     }
@@ -156,11 +158,19 @@ impl Implementation for External {
         &self.name
     }
 
-    fn claims(&mut self, world: usize) -> Result<BTreeSet<String>, Failure> {
-        Ok(self.pool(world)?.features())
+    fn claims(&mut self, world: usize) -> Result<Claims, Failure> {
+        Ok(self.pool(world)?.claims())
     }
 
     fn ask(&mut self, case: &Case, inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure> {
         self.pool(case.world)?.ask(case, inputs)
+    }
+
+    fn logs(&self, world: usize) -> Vec<Log> {
+        match (&self.pool, self.unstartable.get(&world)) {
+            (_, Some((_, logs))) => logs.clone(),
+            (Some(pool), None) if pool.world() == world => pool.written(),
+            _ => Vec::new(),
+        }
     }
 }

@@ -6,24 +6,28 @@
 //! no other way to the judge.
 
 mod bundled;
+mod collapse;
 mod external;
 mod kernel;
 mod pool;
 mod processes;
 mod reference_rank;
+mod telling;
 mod threads;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use fixtures::exchange::{AnswerInfo, Tensors};
+use fixtures::exchange::{AnswerInfo, Declared, Tensors};
 use fixtures::{Case, Inputs};
 
 pub use bundled::{Bundled, launch_of};
+pub use collapse::Collapse;
 pub use external::{Conditions, External, Launch, LaunchError};
 pub use kernel::{kernel_name, kernel_parser};
-pub use reference_rank::{ReferenceRank, features};
+pub use reference_rank::{ReferenceRank, claims};
+pub use telling::TellingCommunicator;
 pub use threads::ReferenceOnThreads;
 
 /// Something that can be asked cases.
@@ -31,12 +35,12 @@ pub trait Implementation {
     /// How it is called in reports.
     fn name(&self) -> &str;
 
-    /// The names of the features that it claims, on `world` ranks.
+    /// What it says of itself, on `world` ranks.
     ///
     /// # Errors
     ///
     /// If it cannot be started on that many ranks.
-    fn claims(&mut self, world: usize) -> Result<BTreeSet<String>, Failure>;
+    fn claims(&mut self, world: usize) -> Result<Claims, Failure>;
 
     /// Asks it one case, and gives the answers of all ranks, in rank order.
     /// `inputs` are those of the case.
@@ -45,6 +49,32 @@ pub trait Implementation {
     ///
     /// If not every rank answered.
     fn ask(&mut self, case: &Case, inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure>;
+
+    /// What its processes on `world` ranks have written since they were asked
+    /// last; nothing where it has no processes.
+    fn logs(&self, _world: usize) -> Vec<Log> {
+        Vec::new()
+    }
+}
+
+/// What was written to one stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// By whom: `rank-3` or `launcher`.
+    pub who: String,
+    /// `stdout` or `stderr`.
+    pub stream: &'static str,
+    /// The text, which may be in any encoding.
+    pub bytes: Vec<u8>,
+}
+
+/// What an implementation says of itself before it is asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Claims {
+    /// The names of the features that it claims.
+    pub features: BTreeSet<String>,
+    /// By which conventions it wants to be judged.
+    pub declared: Declared,
 }
 
 /// Why there is no answer.
@@ -63,30 +93,11 @@ pub enum Failure {
 /// The answer of one rank, or why its answer cannot be read.
 pub type RankAnswer = Result<(AnswerInfo, Tensors), String>;
 
-/// How a group of ranks came to its end.
-#[derive(Clone, Debug)]
-pub struct Collapse {
-    /// Which rank, and what it was doing, in a sentence.
-    pub sentence: String,
-    /// What ranks and launcher had written last, a line each.
-    pub logs: Vec<String>,
-}
-
 /// `rank 1: why`, or `ranks 0, 2: why` for those that say the same.
 pub(crate) fn told<'a>(messages: impl IntoIterator<Item = (usize, &'a str)>) -> Vec<String> {
-    let mut groups: Vec<(Vec<String>, &str)> = Vec::new();
-    for (rank, message) in messages {
-        match groups.iter_mut().find(|(_, same)| *same == message) {
-            Some((ranks, _)) => ranks.push(rank.to_string()),
-            None => groups.push((vec![rank.to_string()], message)),
-        }
-    }
-    groups
+    collapse::grouped(messages)
         .into_iter()
-        .map(|(ranks, message)| {
-            let s = if ranks.len() == 1 { "" } else { "s" };
-            format!("rank{s} {}: {message}", ranks.join(", "))
-        })
+        .map(|(ranks, message)| format!("{}: {message}", collapse::named(&ranks)))
         .collect()
 }
 

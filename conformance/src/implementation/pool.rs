@@ -1,7 +1,7 @@
 //! A group of ranks that somebody's launcher started, and that stays alive
 //! between cases.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::process::CommandExt;
@@ -11,13 +11,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fixtures::exchange::{
-    self, AnswerStatus, FOLDER_VARIABLE, Hello, Judge, PROTOCOL, Session, SessionInfo,
+    self, AnswerStatus, Declared, FOLDER_VARIABLE, Hello, Judge, PROTOCOL, Session, SessionInfo,
 };
 use fixtures::{Case, Inputs};
 use tempfile::TempDir;
 
+use super::collapse::{self, Collapse, LastSeen};
 use super::{
-    Collapse, Conditions, Failure, Interrupt, Launch, RankAnswer, processes, telling_line, told,
+    Claims, Conditions, Failure, Interrupt, Launch, Log, RankAnswer, processes, telling_line, told,
 };
 
 /// How long ranks have to leave once there are no more cases.
@@ -31,7 +32,7 @@ const AFTER_AN_ERROR: Duration = Duration::from_secs(5);
 const PULSE: Duration = Duration::from_millis(5);
 /// How many lines of each stream are kept for a report: the first, which name
 /// the cause and where it was, and the last.
-const LOG_LINES: (usize, usize) = (20, 4);
+const LOG_LINES: (usize, usize) = (24, 4);
 
 pub(super) struct Pool {
     session: Session,
@@ -68,15 +69,18 @@ enum Waited {
 }
 
 impl Pool {
-    /// Starts `world` ranks and waits until each has said hello.
+    /// Starts `world` ranks and waits until each has said hello. With a failure
+    /// comes what was written.
     pub(super) fn start(
         launch: &Launch,
         world: usize,
         conditions: &Conditions,
         interrupt: &Interrupt,
-    ) -> Result<Pool, Failure> {
-        let mut pool = Pool::launch(launch, world, conditions, interrupt)
-            .map_err(|error| Failure::Harness(format!("`{launch}` cannot be started: {error}")))?;
+    ) -> Result<Pool, (Failure, Vec<Log>)> {
+        let mut pool = Pool::launch(launch, world, conditions, interrupt).map_err(|error| {
+            let reason = format!("`{launch}` cannot be started: {error}");
+            (Failure::Harness(reason), Vec::new())
+        })?;
         let deadline = Instant::now() + conditions.start_limit;
         let waited = pool.wait(deadline, |pool| {
             for rank in 0..world {
@@ -113,9 +117,10 @@ impl Pool {
                     conditions.start_limit.as_secs_f64()
                 ),
             ),
-            Waited::Interrupted => return Err(Failure::Interrupted),
+            Waited::Interrupted => return Err((Failure::Interrupted, Vec::new())),
         };
-        Err(failure(pool.collapse(sentence, 0..world)))
+        let collapse = pool.collapse(sentence, 0..world);
+        Err((failure(collapse), pool.written()))
     }
 
     fn launch(
@@ -169,6 +174,7 @@ impl Pool {
 
     /// What is wrong with a rank's hello, if anything is.
     fn unfit_hello(&self) -> Option<String> {
+        let declared = self.declared();
         self.hellos
             .iter()
             .flatten()
@@ -176,23 +182,35 @@ impl Pool {
             .find_map(|(rank, hello)| {
                 let said = (hello.protocol, hello.rank, hello.world);
                 let due = (PROTOCOL, rank, self.world);
-                (said != due).then(|| {
-                    format!(
+                if said != due {
+                    return Some(format!(
                         "rank {rank} said hello with protocol, rank and world {said:?}, \
                          due is {due:?}"
-                    )
-                })
+                    ));
+                }
+                (hello.declared != declared)
+                    .then(|| format!("rank {rank} declares {}, rank 0 {declared}", hello.declared))
             })
     }
 
-    /// The features that every rank claims.
-    pub(super) fn features(&self) -> BTreeSet<String> {
-        self.hellos
-            .iter()
-            .flatten()
-            .map(|hello| hello.features.clone())
-            .reduce(|all, features| &all & &features)
-            .unwrap_or_default()
+    /// The features that every rank claims, and what all declare.
+    pub(super) fn claims(&self) -> Claims {
+        Claims {
+            features: self
+                .hellos
+                .iter()
+                .flatten()
+                .map(|hello| hello.features.clone())
+                .reduce(|all, features| &all & &features)
+                .unwrap_or_default(),
+            declared: self.declared(),
+        }
+    }
+
+    /// What rank 0 declares, and so all ranks.
+    fn declared(&self) -> Declared {
+        let first = self.hellos.iter().flatten().next();
+        first.map(|hello| hello.declared).unwrap_or_default()
     }
 
     /// How many ranks there are.
@@ -212,7 +230,7 @@ impl Pool {
         self.is_idle = false;
         self.logged = self
             .logs(0..self.world)
-            .map(|(_, path)| (path, 0))
+            .map(|(_, _, path)| (path, 0))
             .collect();
         for (path, length) in &mut self.logged {
             *length = fs::metadata(path).map_or(0, |file| file.len());
@@ -259,10 +277,16 @@ impl Pool {
                 Err(Failure::Crashed(self.collapse(sentence, silent())))
             }
             Waited::Died(dead) => {
-                let sentence = format!("a process ended: {}", self.with_progress(dead.clone()));
+                let seen = dead.iter().map(|&rank| self.last_seen(rank, &answers));
+                let sentence = collapse::ended(number, &seen.collect::<Vec<_>>());
                 Err(Failure::Crashed(self.collapse(sentence, dead)))
             }
             Waited::TimedOut => {
+                let seen = |rank| self.last_seen(rank, &answers);
+                let waiting = |ranks: Vec<usize>| {
+                    let seen: Vec<_> = ranks.into_iter().map(seen).collect();
+                    collapse::waiting(number, &seen)
+                };
                 let ranks = self.with_progress(silent());
                 // A rank that raised an error is why the others wait.
                 let errors = answers.iter().enumerate().filter_map(|(rank, answer)| {
@@ -272,11 +296,14 @@ impl Pool {
                 let sentence = match errors.clone().next() {
                     None => {
                         let limit = self.case_limit.as_secs_f64();
-                        format!("no answer within {limit} s: {ranks}")
+                        let waiting = waiting((0..case.world).collect()).unwrap_or(ranks);
+                        format!("no answer within {limit} s: {waiting}")
                     }
                     Some((rank, message)) => {
                         let line = telling_line(message);
-                        format!("rank {rank}: {line}, and no answer of {ranks}")
+                        let waiting = waiting(silent().collect())
+                            .unwrap_or_else(|| format!("no answer of {ranks}"));
+                        format!("rank {rank}: {line}, and {waiting}")
                     }
                 };
                 let mut collapse = self.collapse(sentence, silent());
@@ -317,6 +344,7 @@ impl Pool {
             if now >= next_pulse {
                 next_pulse = now + PULSE;
                 if let Some(dead) = self.dead() {
+                    self.wait_for_launcher(LAST_WORDS);
                     // A rank may have answered and then ended.
                     return match look(self) {
                         Look::Done => Waited::Done,
@@ -355,6 +383,14 @@ impl Pool {
         ranks.into_iter().map(one).collect::<Vec<_>>().join(", ")
     }
 
+    fn last_seen(&self, rank: usize, answers: &[Option<RankAnswer>]) -> LastSeen {
+        LastSeen {
+            rank,
+            line: self.session.progress(rank),
+            has_answered: answers[rank].is_some(),
+        }
+    }
+
     /// Ends what is left of the ranks and keeps what launcher and `suspects`
     /// wrote. What the others wrote while they were ended would only hide it.
     fn collapse(
@@ -363,25 +399,45 @@ impl Pool {
         suspects: impl IntoIterator<Item = usize>,
     ) -> Collapse {
         self.is_idle = false;
-        self.wait_for_launcher(LAST_WORDS);
         processes::end_all(self.folder.path());
         let logs = self
             .logs(suspects)
-            .flat_map(|(name, path)| {
-                let already = self.logged.get(&path).copied().unwrap_or_default();
-                let lines = lines_since(&path, already);
-                lines.into_iter().map(move |line| format!("{name}: {line}"))
+            .flat_map(|(who, stream, path)| {
+                let lines = abridged(&self.since_posed(&path));
+                lines
+                    .into_iter()
+                    .map(move |line| format!("{who} {stream}: {line}"))
             })
             .collect();
         Collapse { sentence, logs }
     }
 
-    /// The streams of `ranks` and launcher: what they are called, and their
-    /// files.
+    /// What all ranks and the launcher have written since the last case was
+    /// posed, of those that wrote anything.
+    pub(super) fn written(&self) -> Vec<Log> {
+        self.logs(0..self.world)
+            .map(|(who, stream, path)| Log {
+                who,
+                stream,
+                bytes: self.since_posed(&path),
+            })
+            .filter(|log| !log.bytes.is_empty())
+            .collect()
+    }
+
+    /// What was written to a log since the last case was posed.
+    fn since_posed(&self, path: &Path) -> Vec<u8> {
+        let already = self.logged.get(path).copied().unwrap_or_default();
+        let mut bytes = fs::read(path).unwrap_or_default();
+        bytes.drain(..bytes.len().min(already as usize));
+        bytes
+    }
+
+    /// The streams of `ranks` and launcher: whose, which, and their files.
     fn logs(
         &self,
         ranks: impl IntoIterator<Item = usize>,
-    ) -> impl Iterator<Item = (String, PathBuf)> {
+    ) -> impl Iterator<Item = (String, &'static str, PathBuf)> {
         ranks
             .into_iter()
             .map(|rank| format!("rank-{rank}"))
@@ -389,7 +445,7 @@ impl Pool {
             .flat_map(|who| {
                 ["stderr", "stdout"].map(|stream| {
                     let path = self.session.log_path(&who, stream);
-                    (format!("{who} {stream}"), path)
+                    (who.clone(), stream, path)
                 })
             })
     }
@@ -413,12 +469,9 @@ impl Drop for Pool {
     }
 }
 
-/// The lines that were written to a log after its first `already` bytes, the
-/// middle left out where there are many.
-fn lines_since(path: &Path, already: u64) -> Vec<String> {
-    let text = fs::read(path).unwrap_or_default();
-    let new = text.get(already as usize..).unwrap_or_default();
-    let text = String::from_utf8_lossy(new);
+/// The lines of a log, the middle left out where there are many.
+fn abridged(log: &[u8]) -> Vec<String> {
+    let text = String::from_utf8_lossy(log);
     let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
     let (first, last) = LOG_LINES;
     let more = lines.len().saturating_sub(first + last);

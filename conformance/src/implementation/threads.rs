@@ -1,6 +1,5 @@
 //! The bundled reference with its ranks as threads of this process.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::thread;
 
@@ -8,7 +7,7 @@ use fixtures::exchange::AnswerStatus;
 use fixtures::{Case, Inputs, exchange};
 use ulysses::{Kernel, ThreadCommunicator};
 
-use super::{Collapse, Failure, Implementation, RankAnswer, ReferenceRank, features};
+use super::{Claims, Collapse, Failure, Implementation, RankAnswer, ReferenceRank, claims};
 
 /// The bundled reference with its ranks as threads of this process: no
 /// launcher, no MPI, no files.
@@ -45,8 +44,8 @@ impl Implementation for ReferenceOnThreads {
         "reference"
     }
 
-    fn claims(&mut self, _world: usize) -> Result<BTreeSet<String>, Failure> {
-        Ok(features())
+    fn claims(&mut self, _world: usize) -> Result<Claims, Failure> {
+        Ok(claims(self.kernel))
     }
 
     fn ask(&mut self, case: &Case, inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure> {

@@ -2,25 +2,30 @@
 
 mod assembly;
 mod comparison;
+mod convention;
 mod dense;
 mod dropout;
 mod padding;
 pub mod power;
 mod repetition;
+mod right;
 mod ruler;
 mod tolerance;
 mod verdict;
 
-use fixtures::exchange::{AnswerStatus, Precision, Tensors};
+use fixtures::exchange::{AnswerStatus, Declared, Tensors};
 use fixtures::{Case, Defect, Feature, Inputs};
 
+use self::assembly::Whole;
 pub(crate) use self::comparison::Yardstick;
 use crate::implementation::{self, Collapse, Failure, RankAnswer};
 use crate::oracle;
 
 pub use self::comparison::{Comparison, Place, TensorComparison, WrongNumber};
+pub use self::convention::inputs_for;
 pub use self::dropout::FALSE_ALARM;
 pub use self::repetition::repeated;
+pub use self::right::right_answer;
 pub use self::tolerance::{FALSE_ALARM_OF_RUN, NUMBERS, false_alarm, lambda};
 pub use self::verdict::{Judgement, Verdict};
 
@@ -55,8 +60,15 @@ pub fn without_answer(failure: Failure) -> Option<Judgement> {
     }
 }
 
-/// Judges what the ranks answered to `case`, asked with `inputs`.
-pub fn judge(case: &Case, inputs: &Inputs, due: Due, answers: &[RankAnswer]) -> Judgement {
+/// Judges what the ranks of an implementation that declares this answered to
+/// `case`, asked with `inputs`.
+pub fn judge(
+    case: &Case,
+    inputs: &Inputs,
+    declared: Declared,
+    due: Due,
+    answers: &[RankAnswer],
+) -> Judgement {
     let judgement = match statuses(answers) {
         Statuses::Unreadable(sentence) => Judgement::new(Verdict::Fail, sentence),
         Statuses::AllOk(ranks) => match due {
@@ -64,7 +76,8 @@ pub fn judge(case: &Case, inputs: &Inputs, due: Due, answers: &[RankAnswer]) -> 
                 let sentence = format!("takes bad {} without a word", defect.name());
                 Judgement::new(Verdict::Fail, sentence)
             }
-            _ => compare(case, inputs, answers, &ranks).unwrap_or_else(|judgement| judgement),
+            _ => compare(case, inputs, declared, answers, &ranks)
+                .unwrap_or_else(|judgement| judgement),
         },
         Statuses::AllRefused(refusals) => refused(due, &refusals),
         Statuses::Mixed(refusals) => Judgement::new(
@@ -167,26 +180,20 @@ fn statuses(answers: &[RankAnswer]) -> Statuses<'_> {
 fn compare(
     case: &Case,
     inputs: &Inputs,
+    declared: Declared,
     answers: &[RankAnswer],
     ranks: &[&Tensors],
 ) -> Result<Judgement, Judgement> {
     let fail = |sentence| Judgement::new(Verdict::Fail, sentence);
     let unclear = |reason| Judgement::new(Verdict::Unclear, reason);
     silent_outside_training(case, answers).map_err(fail)?;
-    let wholes = assembly::whole_answers(case, ranks).map_err(fail)?;
-    // Nothing is dropped outside training: where something is, one answer is.
-    let dropout = match (case.extras.dropout, wholes.first()) {
-        (Some(hundredths), Some(whole)) => {
-            let undropped = oracle::attention(case, inputs)
-                .map_err(|error| unclear(format!("the oracle failed: {error}")))?;
-            let probability = f64::from(hundredths) / 100.0;
-            let out = &whole.answer.out;
-            Some(dropout::recover(case, probability, &undropped.out, out)?)
-        }
-        _ => None,
-    };
+    let mut wholes = assembly::whole_answers(case, ranks).map_err(fail)?;
+    for whole in &mut wholes {
+        convention::reduce(case, declared, &mut whole.answer);
+    }
+    let dropout = recover_dropout(case, inputs, &wholes)?;
     let yardstick =
-        Yardstick::of(case, inputs, Precision::Fused, dropout.as_deref()).map_err(unclear)?;
+        Yardstick::of(case, inputs, declared.precision, dropout.as_deref()).map_err(unclear)?;
     let judgements = wholes.iter().map(|whole| {
         let comparison = yardstick.compare(&whole.answer);
         let sentence = match (comparison.sentence(), whole.rank) {
@@ -211,6 +218,22 @@ fn compare(
         }
         _ => Ok(judgement),
     }
+}
+
+/// Which weights are dropped in an answer; none where none are to be.
+fn recover_dropout(
+    case: &Case,
+    inputs: &Inputs,
+    wholes: &[Whole],
+) -> Result<Option<Vec<f64>>, Judgement> {
+    // Nothing is dropped outside training: where something is, one answer is.
+    let (Some(hundredths), Some(whole)) = (case.extras.dropout, wholes.first()) else {
+        return Ok(None);
+    };
+    let undropped = oracle::attention(case, inputs)
+        .map_err(|error| Judgement::new(Verdict::Unclear, format!("the oracle failed: {error}")))?;
+    let probability = f64::from(hundredths) / 100.0;
+    dropout::recover(case, probability, &undropped.out, &whole.answer.out).map(Some)
 }
 
 /// Outside training each rank computes by itself.

@@ -14,6 +14,8 @@ pub enum Verdict {
     Refused,
     /// Not asked, because the implementation does not claim it.
     NotClaimed,
+    /// Failed, crashed or hung as a file of known failures says.
+    Known,
     /// Wrong: the implementation's fault.
     Fail,
     /// A rank ended before it answered: the implementation's fault.
@@ -26,11 +28,12 @@ pub enum Verdict {
 
 impl Verdict {
     /// Every verdict, in the order of a report.
-    pub const ALL: [Verdict; 8] = [
+    pub const ALL: [Verdict; 9] = [
         Verdict::Exact,
         Verdict::Pass,
         Verdict::Refused,
         Verdict::NotClaimed,
+        Verdict::Known,
         Verdict::Fail,
         Verdict::Crash,
         Verdict::Hang,
@@ -44,6 +47,7 @@ impl Verdict {
             Verdict::Pass => "pass",
             Verdict::Refused => "refused",
             Verdict::NotClaimed => "not claimed",
+            Verdict::Known => "known",
             Verdict::Fail => "fail",
             Verdict::Crash => "crash",
             Verdict::Hang => "hang",
@@ -51,9 +55,26 @@ impl Verdict {
         }
     }
 
-    /// Whether the implementation is at fault.
+    /// Whether there is an answer and it is right.
+    pub fn is_right(self) -> bool {
+        matches!(self, Verdict::Exact | Verdict::Pass)
+    }
+
+    /// Whether the implementation is at fault, and nobody knew.
     pub fn is_failure(self) -> bool {
         matches!(self, Verdict::Fail | Verdict::Crash | Verdict::Hang)
+    }
+
+    /// Whose fault it is, if anything went wrong: `implementation` or
+    /// `harness`.
+    pub fn fault(self) -> Option<&'static str> {
+        match self {
+            Verdict::Known | Verdict::Fail | Verdict::Crash | Verdict::Hang => {
+                Some("implementation")
+            }
+            Verdict::Unclear => Some("harness"),
+            Verdict::Exact | Verdict::Pass | Verdict::Refused | Verdict::NotClaimed => None,
+        }
     }
 
     /// Whether the case says anything of the implementation at all.

@@ -1,36 +1,75 @@
 //! What went wrong, once more at the end, each with the command that repeats
 //! it.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use fixtures::Case;
+
+use crate::Clause;
 use crate::judge::Verdict;
-use crate::runner::Summary;
+use crate::runner::{Record, Summary};
+
+/// What else there is to say of a case that went wrong, a line each, by the
+/// case's name.
+pub type Notes = BTreeMap<String, Vec<String>>;
 
 /// Every case that failed, crashed, hung or is unclear. `command` is the
 /// command line up to the case, which `--case NAME` then repeats alone.
-pub fn failures(summary: &Summary, command: &str) -> String {
+pub fn failures(summary: &Summary, command: &str, notes: &Notes) -> String {
     let mut text = String::new();
     for record in &summary.records {
-        let judgement = &record.judgement;
-        let fault = match judgement.verdict {
-            Verdict::Unclear => "the harness' own fault",
-            verdict if verdict.is_failure() => "the implementation's fault",
-            _ => continue,
-        };
-        // Writing to a string cannot fail.
-        let _ = writeln!(
-            text,
-            "{} {}\n  {} ({fault}): {}",
-            summary.implementation, record.case, judgement.verdict, judgement.sentence
-        );
-        for detail in &judgement.details {
-            for line in abridged(detail) {
-                let _ = writeln!(text, "  | {line}");
-            }
+        let verdict = record.judgement.verdict;
+        if !verdict.is_failure() && verdict != Verdict::Unclear {
+            continue;
         }
-        let _ = writeln!(text, "  again: {command} --case {}\n", record.case);
+        text += &failure(&summary.implementation, record, command);
+        for note in notes.get(&record.case.to_string()).into_iter().flatten() {
+            text += &format!("  {note}\n");
+        }
+        text += "\n";
     }
     text
+}
+
+/// One such case: what it asks, whose fault it is, what was done wrong and
+/// where to look, what shows it, and the command that repeats it.
+pub fn failure(implementation: &str, record: &Record, command: &str) -> String {
+    let Record {
+        case, judgement, ..
+    } = record;
+    let fault = match judgement.verdict.fault() {
+        Some("harness") => "the harness' own fault",
+        _ => "the implementation's fault",
+    };
+    let verdict = judgement.verdict;
+    let mut text = format!("{implementation} {case}\n  asked: {}\n", clauses(case));
+    // Writing to a string cannot fail.
+    let _ = match &judgement.diagnosis {
+        None => writeln!(text, "  {verdict} ({fault}): {}", judgement.sentence),
+        Some(diagnosis) => writeln!(
+            text,
+            "  {verdict} ({fault}): {}\n  {}, {:.0} % sure; look at {}\n  | {}",
+            diagnosis.sentence,
+            diagnosis.mistake.name(),
+            100.0 * diagnosis.confidence,
+            diagnosis.mistake.look_at(),
+            judgement.sentence,
+        ),
+    };
+    for detail in &judgement.details {
+        for line in abridged(detail) {
+            let _ = writeln!(text, "  | {line}");
+        }
+    }
+    let _ = writeln!(text, "  again: {command} --case {case}");
+    text
+}
+
+/// What the case holds an implementation to: numbers of clauses in SPEC.md.
+fn clauses(case: &Case) -> String {
+    let ids: Vec<_> = Clause::of_case(case).into_iter().map(Clause::id).collect();
+    ids.join(" ")
 }
 
 /// The first line of a long text and its last ones: of a traceback, where the

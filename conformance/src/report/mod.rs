@@ -1,12 +1,20 @@
-//! Sinks of a run's events: what a person reads.
+//! Sinks of a run's events: what a person reads, and what a program does.
 //!
 //! Texts are made by functions that return them, and printed by nobody but
-//! [`Progress`] and the command line.
+//! [`Progress`] and the command line. [`JsonLines`], [`JUnit`] and [`Keeper`]
+//! write files.
 
 mod failures;
+mod json;
+mod junit;
+mod keep;
 mod progress;
 mod tables;
 
-pub use failures::failures;
+pub use failures::{Notes, failure, failures};
+pub use json::JsonLines;
+pub use junit::JUnit;
+pub use keep::Keeper;
 pub use progress::Progress;
-pub use tables::{chance, closeness, costs, verdicts};
+pub(crate) use tables::table;
+pub use tables::{chance, closeness, costs, declared, verdicts};

@@ -59,6 +59,7 @@ impl Progress {
                     bar.set_message(case.to_string());
                 }
             }
+            Event::WentWrong(_) => {}
             Event::Judged(record) => {
                 self.done += 1;
                 match &self.bar {

@@ -5,10 +5,28 @@ use std::time::Duration;
 use comfy_table::presets::ASCII_MARKDOWN;
 use comfy_table::{CellAlignment, Table};
 use fixtures::Dtype;
+use fixtures::exchange::Declared;
 
 use crate::judge::{self, Comparison, Verdict};
 use crate::oracle::AnswerTensor;
 use crate::runner::{Record, Summary};
+
+/// Who is judged by another convention than the default, a line each.
+pub fn declared(summaries: &[Summary]) -> String {
+    let mut lines = Vec::new();
+    for summary in summaries {
+        for record in &summary.records {
+            let line = format!("{} declares {}.\n", summary.implementation, record.declared);
+            if record.declared != Declared::default() && !lines.contains(&line) {
+                lines.push(line);
+            }
+        }
+    }
+    match lines.is_empty() {
+        true => String::new(),
+        false => lines.concat() + "\n",
+    }
+}
 
 /// How many cases of each implementation have each verdict.
 pub fn verdicts(summaries: &[Summary]) -> String {
@@ -42,7 +60,7 @@ pub fn closeness(summaries: &[Summary]) -> Option<String> {
             .records
             .iter()
             .filter(|record| record.case.dtype == dtype)
-            .filter(|record| !record.judgement.verdict.is_failure())
+            .filter(|record| record.judgement.verdict.is_right())
             .filter_map(|record| record.judgement.comparison.as_ref())
             .collect();
         let always = AnswerTensor::ALWAYS.map(|tensor| {
@@ -140,7 +158,7 @@ fn milliseconds(duration: Duration) -> String {
 }
 
 /// Columns from `first_number` on are numbers, and stand to the right.
-fn table(
+pub(crate) fn table(
     header: impl IntoIterator<Item = impl Into<comfy_table::Cell>>,
     rows: Vec<Vec<String>>,
     first_number: usize,

@@ -7,6 +7,8 @@ import torch_plain
 import ulysses_kit
 
 
-def serve(attention=torch_plain.attention, setup=torch_plain.setup, features=torch_plain.FEATURES):
+def serve(attention=torch_plain.attention, setup=torch_plain.setup, features=torch_plain.FEATURES, **declared):
     name = f"fake-{Path(sys.argv[0]).stem}"
-    ulysses_kit.serve(implementation=name, version="1", features=features, setup=setup, attention=attention)
+    ulysses_kit.serve(
+        implementation=name, version="1", features=features, setup=setup, attention=attention, **declared
+    )

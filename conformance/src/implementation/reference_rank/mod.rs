@@ -4,28 +4,38 @@
 mod question;
 mod strides;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
 use fixtures::Feature;
-use fixtures::exchange::{AnswerInfo, AnswerStatus, CaseInfo, Tensors};
+use fixtures::exchange::{AnswerInfo, AnswerStatus, CaseInfo, Declared, Precision, Tensors};
 use tch::{TchError, Tensor};
 use ulysses::{
     Communicator, CountingCommunicator, Kernel, Options, UlyssesAttention, checkpoint,
     cross_attention,
 };
 
+use super::Claims;
 use crate::tensor::{kind, to_array};
 use question::{Brought, Question};
 
-/// What the reference claims: everything but ranks without a query head.
-pub fn features() -> BTreeSet<String> {
-    Feature::ALL
-        .into_iter()
-        .filter(|&feature| feature != Feature::FewerQueryHeadsThanRanks)
-        .map(|feature| feature.name().to_owned())
-        .collect()
+/// What the reference around this core attention claims: everything but ranks
+/// without a query head. The eager kernel stores every intermediate tensor.
+pub fn claims(kernel: Kernel) -> Claims {
+    Claims {
+        features: Feature::ALL
+            .into_iter()
+            .filter(|&feature| feature != Feature::FewerQueryHeadsThanRanks)
+            .map(|feature| feature.name().to_owned())
+            .collect(),
+        declared: Declared {
+            precision: match kernel {
+                Kernel::Sdpa => Precision::Fused,
+                Kernel::Eager => Precision::Stored,
+            },
+            ..Declared::default()
+        },
+    }
 }
 
 /// One rank of the reference.

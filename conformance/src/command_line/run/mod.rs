@@ -1,5 +1,8 @@
 //! `run`: asks implementations and judges the answers.
 
+mod known;
+mod reports;
+
 use std::env;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,12 +11,15 @@ use clap::Args;
 use fixtures::Case;
 use ulysses::Kernel;
 
+use self::known::KnownFile;
+use self::reports::Files;
 use super::print;
 use crate::implementation::{
     Bundled, Conditions, External, Implementation, Interrupt, kernel_name, kernel_parser, launch_of,
 };
-use crate::report::{self, Progress};
-use crate::runner;
+use crate::report::{self, Keeper, Notes};
+use crate::runner::{self, Summary};
+use crate::shrink::{self, Smallest};
 use crate::{Clause, ExitCode, catalogue};
 
 #[derive(Debug, Args)]
@@ -72,7 +78,21 @@ pub(super) struct Arguments {
     /// conformance/SPEC.md that it tests, and run none
     #[arg(long)]
     list: bool,
+
+    #[command(flatten)]
+    known: KnownFile,
+
+    /// Search the smallest case that fails in the same way, for the first
+    /// 5 failures of different kinds: 60 asks or a minute for each
+    #[arg(long)]
+    shrink: bool,
+
+    #[command(flatten)]
+    files: Files,
 }
+
+/// How many failures of an implementation are shrunk.
+const SHRUNK: usize = 5;
 
 /// A folder in memory where there is one: a case is written and read once.
 fn exchange() -> PathBuf {
@@ -129,9 +149,16 @@ pub(super) fn execute(arguments: &Arguments, program: &str) -> ExitCode {
             return ExitCode::Environment;
         }
     };
+    let begun = arguments.files.begin();
+    let (mut known, mut reports) = match (arguments.known.read(), begun) {
+        (Ok(known), Ok(reports)) => (known, reports),
+        (Err(reason), _) | (_, Err(reason)) => {
+            eprintln!("error: {reason}");
+            return ExitCode::Environment;
+        }
+    };
     // One thread per rank. The setting is the process', and so the oracle's.
     tch::set_num_threads(1);
-    let mut progress = Progress::new();
     let mut summaries = Vec::new();
     let mut failures = String::new();
     for Choice {
@@ -139,14 +166,40 @@ pub(super) fn execute(arguments: &Arguments, program: &str) -> ExitCode {
         flags,
     } in choices
     {
-        let summary = runner::run(&mut *implementation, &cases, &interrupt, &mut |event| {
-            progress.tell(&event);
-        });
+        let implementation = &mut *implementation;
         let command = format!("{program} run {flags}{}", arguments.limits_and_kernel());
-        failures += &report::failures(&summary, &command);
+        let mut keeper = arguments.keeper(implementation.name(), &command);
+        let summary = runner::run(
+            implementation,
+            &cases,
+            &mut known,
+            &interrupt,
+            &mut |event| {
+                reports.tell(&event);
+                if let Some(keeper) = &mut keeper {
+                    keeper.tell(&event);
+                }
+            },
+        );
+        let mut notes = Notes::new();
+        if arguments.shrink {
+            shrink(implementation, &summary, &command, &interrupt, &mut notes);
+        }
+        for (case, kept) in keeper.iter().flat_map(Keeper::kept) {
+            let note = match kept {
+                Ok(folder) => format!("kept: {}", folder.display()),
+                Err(reason) => format!("could not be kept: {reason}"),
+            };
+            notes.entry(case.clone()).or_default().push(note);
+        }
+        failures += &report::failures(&summary, &command, &notes);
         summaries.push(summary);
     }
-    print(&format!("\n{failures}{}\n", report::verdicts(&summaries)));
+    print(&format!(
+        "\n{failures}{}{}\n",
+        report::declared(&summaries),
+        report::verdicts(&summaries)
+    ));
     if let Some(table) = report::closeness(&summaries) {
         print(&format!(
             "How near the right answers are: of each tensor how many are bit-equal to dense SDPA,\n\
@@ -157,9 +210,47 @@ pub(super) fn execute(arguments: &Arguments, program: &str) -> ExitCode {
     if let Some(table) = report::costs(&summaries) {
         print(&format!("What a case takes, in the median.\n\n{table}\n"));
     }
-    let exit_code = ExitCode::of(&summaries);
+    let settled = arguments
+        .known
+        .settle(known, &cases, ExitCode::of(&summaries));
+    let (words, exit_code) = match settled {
+        Ok(settled) => settled,
+        Err(reason) => {
+            eprintln!("error: {reason}");
+            return ExitCode::Environment;
+        }
+    };
+    print(&words);
+    if let Err(reason) = reports.finish() {
+        eprintln!("error: {reason}");
+        return ExitCode::Environment;
+    }
     print(&format!("{}\n", last_line(exit_code)));
     exit_code
+}
+
+/// Searches the smallest case of each kind of failure, and notes it.
+fn shrink(
+    implementation: &mut dyn Implementation,
+    summary: &Summary,
+    command: &str,
+    interrupt: &Interrupt,
+    notes: &mut Notes,
+) {
+    for record in shrink::distinct(&summary.records, SHRUNK) {
+        eprintln!("{} shrinking {}", summary.implementation, record.case);
+        let Smallest { case, is_complete } = shrink::smallest(implementation, record, interrupt);
+        let more = match is_complete {
+            true => "",
+            false => "  (the search came to its limit)",
+        };
+        let note = match case == record.case {
+            true => format!("smallest: no smaller case was found{more}"),
+            false => format!("smallest: {command} --case {case}{more}"),
+        };
+        let of_case = notes.entry(record.case.to_string()).or_default();
+        of_case.push(note);
+    }
 }
 
 /// What is to be judged, and the flags that choose it.
@@ -214,6 +305,12 @@ impl Arguments {
                 })
             })
             .collect()
+    }
+
+    fn keeper(&self, implementation: &str, command: &str) -> Option<Keeper> {
+        let folder = self.files.keep.as_ref()?;
+        let keeper = Keeper::new(folder, implementation, command, self.time_limit);
+        Some(keeper)
     }
 
     /// The flags, besides those that choose implementation and case, without

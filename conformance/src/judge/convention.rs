@@ -1,0 +1,45 @@
+//! By what gradients are scaled, as an implementation declares it.
+//!
+//! Two conventions are in use, and both are right: the ranks' losses are summed
+//! or averaged, and so are the gradients of parameters that every rank has.
+//! Whoever averages multiplies by P elsewhere. Token gradients are always due
+//! for the cotangent that was handed over.
+
+use fixtures::exchange::{Declared, Parameters, Upstream};
+use fixtures::{Array, Case, Inputs};
+
+use crate::oracle::Answer;
+
+/// The inputs of `case` for an implementation that declares this: the cotangent
+/// of the output is multiplied by P if it wants that, and rounded.
+pub fn inputs_for(case: &Case, declared: Declared) -> Inputs {
+    let mut inputs = Inputs::of(case);
+    if declared.upstream == Upstream::TimesRanks {
+        let dout = &inputs.dout;
+        let values: Vec<f64> = dout.to_f64().iter().map(|x| x * ranks(case)).collect();
+        inputs.dout = Array::from_f64(dout.dtype, &dout.shape, &values);
+    }
+    inputs
+}
+
+/// Turns the sums of the ranks' parts of the gradients of head state into
+/// gradients for the cotangent that was handed over.
+pub(super) fn reduce(case: &Case, declared: Declared, answer: &mut Answer<Vec<f64>>) {
+    let factor = match (declared.upstream, declared.parameters) {
+        (Upstream::Share, Parameters::Sum) | (Upstream::TimesRanks, Parameters::Average) => return,
+        (Upstream::Share, Parameters::Average) => ranks(case),
+        (Upstream::TimesRanks, Parameters::Sum) => 1.0 / ranks(case),
+    };
+    for (_, gradient) in &mut answer.head_state {
+        gradient.iter_mut().for_each(|x| *x /= factor);
+    }
+}
+
+/// P: the ranks whose losses and parts come together. Outside training each is
+/// a world of its own.
+fn ranks(case: &Case) -> f64 {
+    match case.extras.eval {
+        true => 1.0,
+        false => case.world as f64,
+    }
+}
