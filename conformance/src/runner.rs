@@ -201,6 +201,10 @@ pub(crate) fn ask(
             break;
         }
         if !matches!(judgement.verdict, Verdict::Exact | Verdict::Pass) {
+            let judgement = match case.extras.state {
+                Some(state) => judge::of_state(state, i + 1, judgement),
+                None => judgement,
+            };
             record.judgement = of_question(judgement, i + 1, &questions);
             break;
         }

@@ -46,7 +46,7 @@ pub struct Smallest {
 impl Kind {
     /// In what way this is a failure.
     pub fn of(judgement: &Judgement) -> Kind {
-        let mistake = judgement.diagnosis.as_ref().map(|found| found.mistake);
+        let mistake = judgement.diagnosis.as_ref().and_then(|found| found.mistake);
         Kind {
             verdict: judgement.verdict,
             mistake,

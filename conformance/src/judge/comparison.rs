@@ -7,6 +7,7 @@ use super::Verdict;
 use super::dense;
 use super::padding::PaddingTokens;
 use super::ruler::Ruler;
+use crate::diagnosis::Measured;
 use crate::oracle::{self, Answer, AnswerTensor, Rounded};
 
 /// How the tensors of an answer compare with the right ones.
@@ -133,6 +134,20 @@ impl Yardstick {
     /// What one tensor is measured by, if the case has it.
     pub(crate) fn ruler(&self, tensor: AnswerTensor) -> Option<&Ruler> {
         self.rulers.get(tensor)
+    }
+
+    /// The numbers of `answer`, zero where nobody compares them, and what they
+    /// are measured by.
+    pub(super) fn measured<'a>(
+        &'a self,
+        case: &'a Case,
+        answer: &'a Answer<Vec<f64>>,
+    ) -> impl Iterator<Item = Measured<'a>> {
+        self.rulers.iter().filter_map(|(name, ruler)| {
+            let numbers = self.padding.blanked(name, answer.get(name)?.clone());
+            let tolerance = (0..numbers.len()).map(|i| ruler.tolerance(i)).collect();
+            Some(Measured::new(case, name, numbers, &ruler.right, tolerance))
+        })
     }
 
     /// Compares `answer`, which has every tensor in its shape.

@@ -8,6 +8,7 @@
 use fixtures::exchange::{Declared, Parameters, Upstream};
 use fixtures::{Array, Case, Inputs};
 
+use crate::diagnosis::{Diagnosis, Mistake};
 use crate::oracle::Answer;
 
 /// The inputs of `case` for an implementation that declares this: the cotangent
@@ -33,6 +34,27 @@ pub(super) fn reduce(case: &Case, declared: Declared, answer: &mut Answer<Vec<f6
     for (_, gradient) in &mut answer.head_state {
         gradient.iter_mut().for_each(|x| *x /= factor);
     }
+}
+
+/// Names a factor of the number of ranks for what it is where an implementation
+/// declares another convention than the usual one: it does not do what it says.
+pub(super) fn name(declared: Declared, mut diagnosis: Diagnosis) -> Diagnosis {
+    let is_usual = (declared.upstream, declared.parameters) == Default::default();
+    let is_factor = matches!(
+        diagnosis.mistake,
+        Some(
+            Mistake::GradientsOverRanks | Mistake::GradientsTimesRanks | Mistake::HeadStateAveraged
+        )
+    );
+    if is_factor && !is_usual {
+        diagnosis.mistake = Some(Mistake::OtherConvention);
+        diagnosis.sentence = format!(
+            "{} {}",
+            Mistake::OtherConvention.sentence(),
+            diagnosis.sentence
+        );
+    }
+    diagnosis
 }
 
 /// P: the ranks whose losses and parts come together. Outside training each is

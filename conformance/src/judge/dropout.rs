@@ -17,6 +17,7 @@ use fixtures::Case;
 
 use super::padding::PaddingTokens;
 use super::{Judgement, Verdict};
+use crate::diagnosis::Mistake;
 
 /// The probability, over all that is tested of one answer, that masks which are
 /// drawn as they should be are called wrong.
@@ -124,6 +125,12 @@ fn hold_against_chance(probability: f64, masks: &[Mask]) -> Result<(), Judgement
                     a.head,
                     differ * count as f64
                 )
+            })
+            .map_err(|judgement| match judgement.verdict {
+                Verdict::Fail if (differing as f64) < differ * count as f64 => {
+                    judgement.named(Mistake::DropoutShared)
+                }
+                _ => judgement,
             })?;
         }
     }

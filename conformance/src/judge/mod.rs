@@ -18,12 +18,14 @@ use fixtures::{Case, Defect, Feature, Inputs};
 
 use self::assembly::Whole;
 pub(crate) use self::comparison::Yardstick;
+use crate::diagnosis::{self, Evidence, Mistake};
 use crate::implementation::{self, Collapse, Failure, RankAnswer};
 use crate::oracle;
 
 pub use self::comparison::{Comparison, Place, TensorComparison, WrongNumber};
 pub use self::convention::inputs_for;
 pub use self::dropout::FALSE_ALARM;
+pub(crate) use self::repetition::of_state;
 pub use self::repetition::repeated;
 pub use self::right::right_answer;
 pub use self::tolerance::{FALSE_ALARM_OF_RUN, NUMBERS, false_alarm, lambda};
@@ -49,12 +51,13 @@ pub enum Cause {
 
 /// The verdict where there is no answer; none where that is nobody's fault.
 pub fn without_answer(failure: Failure) -> Option<Judgement> {
-    let collapsed = |verdict, collapse: Collapse| {
-        Some(Judgement::new(verdict, collapse.sentence).with_details(collapse.logs))
+    let collapsed = |verdict, collapse: Collapse, mistake| {
+        let judgement = Judgement::new(verdict, collapse.sentence).with_details(collapse.logs);
+        Some(judgement.named(mistake))
     };
     match failure {
-        Failure::Crashed(collapse) => collapsed(Verdict::Crash, collapse),
-        Failure::Hung(collapse) => collapsed(Verdict::Hang, collapse),
+        Failure::Crashed(collapse) => collapsed(Verdict::Crash, collapse, Mistake::RankDies),
+        Failure::Hung(collapse) => collapsed(Verdict::Hang, collapse, Mistake::RankStaysAway),
         Failure::Harness(reason) => Some(Judgement::new(Verdict::Unclear, reason)),
         Failure::Interrupted => None,
     }
@@ -74,7 +77,7 @@ pub fn judge(
         Statuses::AllOk(ranks) => match due {
             Due::Refusal(Cause::BadInput(defect)) => {
                 let sentence = format!("takes bad {} without a word", defect.name());
-                Judgement::new(Verdict::Fail, sentence)
+                Judgement::new(Verdict::Fail, sentence).named(Mistake::BadInputTaken)
             }
             _ => compare(case, inputs, declared, answers, &ranks)
                 .unwrap_or_else(|judgement| judgement),
@@ -84,7 +87,8 @@ pub fn judge(
             Verdict::Fail,
             "some ranks answered and others raised an error",
         )
-        .with_details(told(&refusals)),
+        .with_details(told(&refusals))
+        .named(Mistake::OneRankRefuses),
     };
     match due {
         Due::Refusal(Cause::Unclaimed(feature)) => beyond_the_claim(feature, judgement),
@@ -116,7 +120,7 @@ fn refused(due: Due, refusals: &[Refusal<'_>]) -> Judgement {
             None => Verdict::Refused,
             Some(wordless) => {
                 let sentence = format!("rank {} refused without a word", wordless.rank);
-                return Judgement::new(Verdict::Fail, sentence);
+                return Judgement::new(Verdict::Fail, sentence).named(Mistake::RefusedWithoutWords);
             }
         },
         // It claims the features of the case, and says at run time that it does
@@ -130,7 +134,11 @@ fn refused(due: Due, refusals: &[Refusal<'_>]) -> Judgement {
         first.rank,
         implementation::telling_line(first.message)
     );
-    Judgement::new(verdict, sentence).with_details(told(refusals))
+    let judgement = Judgement::new(verdict, sentence).with_details(told(refusals));
+    match verdict {
+        Verdict::Fail => judgement.named(Mistake::GoodInputRefused),
+        _ => judgement,
+    }
 }
 
 /// A rank that did not answer, and what it said instead.
@@ -184,17 +192,18 @@ fn compare(
     answers: &[RankAnswer],
     ranks: &[&Tensors],
 ) -> Result<Judgement, Judgement> {
-    let fail = |sentence| Judgement::new(Verdict::Fail, sentence);
     let unclear = |reason| Judgement::new(Verdict::Unclear, reason);
-    silent_outside_training(case, answers).map_err(fail)?;
-    let mut wholes = assembly::whole_answers(case, ranks).map_err(fail)?;
+    let fail =
+        |mistake| move |sentence: String| Judgement::new(Verdict::Fail, sentence).named(mistake);
+    silent_outside_training(case, answers).map_err(fail(Mistake::SendsInEval))?;
+    let mut wholes = assembly::whole_answers(case, ranks).map_err(fail(Mistake::WrongShape))?;
     for whole in &mut wholes {
         convention::reduce(case, declared, &mut whole.answer);
     }
     let dropout = recover_dropout(case, inputs, &wholes)?;
     let yardstick =
         Yardstick::of(case, inputs, declared.precision, dropout.as_deref()).map_err(unclear)?;
-    let judgements = wholes.iter().map(|whole| {
+    let judged = |whole: &Whole| {
         let comparison = yardstick.compare(&whole.answer);
         let sentence = match (comparison.sentence(), whole.rank) {
             (sentence, Some(rank)) if !sentence.is_empty() => format!("rank {rank}: {sentence}"),
@@ -207,17 +216,29 @@ fn compare(
             comparison: Some(comparison),
             diagnosis: None,
         }
-    });
-    let judgement = judgements
-        .reduce(Judgement::gravest)
+    };
+    let graver = |a: (Judgement, _), b: (Judgement, _)| match b.0.verdict > a.0.verdict {
+        true => b,
+        false => a,
+    };
+    let (mut judgement, gravest) = wholes
+        .iter()
+        .map(|whole| (judged(whole), whole))
+        .reduce(graver)
         .ok_or_else(|| unclear("there is no rank".to_owned()))?;
-    match power::lack(&yardstick) {
-        // What is seen to be wrong is wrong.
-        Some(lack) if !judgement.verdict.is_failure() => {
-            Err(unclear(format!("the case has no power: {lack}")))
-        }
-        _ => Ok(judgement),
+    if judgement.verdict == Verdict::Fail {
+        let measured = yardstick.measured(case, &gravest.answer).collect();
+        let evidence = Evidence::new(case, inputs, dropout.as_deref(), measured);
+        let diagnosis = diagnosis::diagnose(&evidence);
+        judgement.diagnosis = diagnosis
+            .map(|diagnosis| convention::name(declared, diagnosis))
+            .map(Box::new);
+    } else if let Some(lack) = power::lack(&yardstick) {
+        // What is seen to be wrong is wrong, and what is right may be luck.
+        judgement.verdict = Verdict::Unclear;
+        judgement.sentence = format!("the case has no power: {lack}");
     }
+    Ok(judgement)
 }
 
 /// Which weights are dropped in an answer; none where none are to be.
@@ -232,8 +253,16 @@ fn recover_dropout(
     };
     let undropped = oracle::attention(case, inputs)
         .map_err(|error| Judgement::new(Verdict::Unclear, format!("the oracle failed: {error}")))?;
-    let probability = f64::from(hundredths) / 100.0;
-    dropout::recover(case, probability, &undropped.out, &whole.answer.out).map(Some)
+    let (probability, out) = (f64::from(hundredths) / 100.0, &whole.answer.out);
+    let recovered = dropout::recover(case, probability, &undropped.out, out);
+    recovered.map(Some).map_err(|mut judgement| {
+        if judgement.verdict == Verdict::Fail && judgement.diagnosis.is_none() {
+            judgement.diagnosis =
+                diagnosis::of_kept_weights(case, inputs, probability, &undropped.out, out)
+                    .map(Box::new);
+        }
+        judgement
+    })
 }
 
 /// Outside training each rank computes by itself.

@@ -1,7 +1,7 @@
 //! What became of a case, and why.
 
 use super::Comparison;
-use crate::diagnosis::Diagnosis;
+use crate::diagnosis::{Diagnosis, Mistake};
 
 /// What became of a case. A later one is graver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -101,7 +101,7 @@ pub struct Judgement {
     /// How the answer compares, where there is one to compare.
     pub comparison: Option<Comparison>,
     /// What was done wrong, where that shows.
-    pub diagnosis: Option<Diagnosis>,
+    pub diagnosis: Option<Box<Diagnosis>>,
 }
 
 impl Judgement {
@@ -118,6 +118,12 @@ impl Judgement {
 
     pub(super) fn with_details(mut self, details: impl IntoIterator<Item = String>) -> Judgement {
         self.details.extend(details);
+        self
+    }
+
+    /// Says what was done wrong, where that shows without any numbers.
+    pub(crate) fn named(mut self, mistake: Mistake) -> Judgement {
+        self.diagnosis = Some(Box::new(Diagnosis::certain(mistake)));
         self
     }
 

@@ -103,6 +103,53 @@ impl Problem {
         Ok(self)
     }
 
+    /// The same problem, to be altered: its tensors are shared until they are
+    /// replaced.
+    pub(crate) fn shallow_clone(&self) -> Problem {
+        let of = |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::shallow_clone);
+        Problem {
+            q: self.q.shallow_clone(),
+            k: self.k.shallow_clone(),
+            v: self.v.shallow_clone(),
+            dout: self.dout.shallow_clone(),
+            kv_of_query: self.kv_of_query.clone(),
+            visible: of(&self.visible),
+            query_angles: of(&self.query_angles),
+            key_angles: of(&self.key_angles),
+            query_norm: of(&self.query_norm),
+            key_norm: of(&self.key_norm),
+            scale: self.scale,
+            softcap: self.softcap,
+            slopes: of(&self.slopes),
+            distances: of(&self.distances),
+            sinks: of(&self.sinks),
+            dropout: of(&self.dropout),
+        }
+    }
+
+    /// The problem of these queries of one sequence alone. Their rows of output
+    /// and of the queries' gradient are those of the whole problem.
+    pub(crate) fn of_queries(&self, batch: i64, queries: &[i64]) -> Result<Problem, TchError> {
+        let rows = Tensor::f_from_slice(queries)?;
+        let of_batch = |tensor: &Tensor| match tensor.size()[0] {
+            1 => Ok(tensor.shallow_clone()),
+            _ => tensor.f_narrow(0, batch, 1),
+        };
+        let of_rows = |tensor: &Tensor| of_batch(tensor)?.f_index_select(2, &rows);
+        let mut problem = self.shallow_clone();
+        problem.q = of_rows(&self.q)?;
+        problem.dout = of_rows(&self.dout)?;
+        problem.k = of_batch(&self.k)?;
+        problem.v = of_batch(&self.v)?;
+        problem.visible = self.visible.as_ref().map(of_rows).transpose()?;
+        problem.query_angles = self.query_angles.as_ref().map(of_rows).transpose()?;
+        problem.key_angles = self.key_angles.as_ref().map(of_batch).transpose()?;
+        problem.dropout = self.dropout.as_ref().map(of_rows).transpose()?;
+        let of_distances = |distances: &Tensor| distances.f_index_select(0, &rows);
+        problem.distances = self.distances.as_ref().map(of_distances).transpose()?;
+        Ok(problem)
+    }
+
     /// The right answer. Of each gradient of head state the parts of every
     /// token: `[batch, tokens, ..]`, of which the sum is the gradient.
     pub(crate) fn solve(&self) -> Result<Answer<Tensor>, TchError> {

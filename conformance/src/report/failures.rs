@@ -47,20 +47,27 @@ pub fn failure(implementation: &str, record: &Record, command: &str) -> String {
     // Writing to a string cannot fail.
     let _ = match &judgement.diagnosis {
         None => writeln!(text, "  {verdict} ({fault}): {}", judgement.sentence),
-        Some(diagnosis) => writeln!(
-            text,
-            "  {verdict} ({fault}): {}\n  {}, {:.0} % sure; look at {}\n  | {}",
-            diagnosis.sentence,
-            diagnosis.mistake.name(),
-            100.0 * diagnosis.confidence,
-            diagnosis.mistake.look_at(),
-            judgement.sentence,
-        ),
+        Some(diagnosis) => writeln!(text, "  {verdict} ({fault}): {}", diagnosis.sentence),
     };
+    if let Some(diagnosis) = &judgement.diagnosis {
+        if let Some(mistake) = diagnosis.mistake {
+            let sure = 100.0 * diagnosis.confidence;
+            let (name, look_at) = (mistake.name(), mistake.look_at());
+            let _ = writeln!(text, "  {name}, {sure:.0} % sure; look at {look_at}");
+        }
+        if !diagnosis.others.is_empty() {
+            let others: Vec<_> = diagnosis.others.iter().map(|other| other.name()).collect();
+            let _ = writeln!(text, "  the same here: {}", others.join(", "));
+        }
+        let _ = writeln!(text, "  | {}", judgement.sentence);
+    }
     for detail in &judgement.details {
         for line in abridged(detail) {
             let _ = writeln!(text, "  | {line}");
         }
+    }
+    for line in judgement.diagnosis.iter().flat_map(|found| &found.strip) {
+        let _ = writeln!(text, "  | {line}");
     }
     let _ = writeln!(text, "  again: {command} --case {case}");
     text

@@ -88,7 +88,7 @@ impl Line<'_> {
             verdict: judgement.verdict.name(),
             fault: judgement.verdict.fault(),
             sentence: &judgement.sentence,
-            mistake: diagnosis.map(|diagnosis| diagnosis.mistake.name()),
+            mistake: diagnosis.and_then(|diagnosis| Some(diagnosis.mistake?.name())),
             confidence: diagnosis.map(|diagnosis| diagnosis.confidence),
             declared: record.declared,
             seconds: (record.asked + record.judged).as_secs_f64(),
