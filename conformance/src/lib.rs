@@ -30,6 +30,7 @@ pub mod clause;
 pub mod command_line;
 pub mod diagnosis;
 pub mod exit_code;
+pub mod faults;
 pub mod implementation;
 pub mod judge;
 pub mod known;

@@ -35,6 +35,7 @@ fn text(run: &Run) -> String {
 fn help_says_what_there_is() {
     assert_snapshot!("help", run("--help").stdout);
     assert_snapshot!("help-run", run("run --help").stdout);
+    assert_snapshot!("help-faults", run("faults --help").stdout);
 }
 
 #[test]

@@ -261,11 +261,13 @@ fn a_diagnosis_comes_first_and_says_where_to_look() {
         .records
         .remove(0);
     record.judgement = Judgement {
-        diagnosis: Some(Diagnosis {
-            mistake: Mistake::KvHeadsTiled,
+        diagnosis: Some(Box::new(Diagnosis {
+            mistake: Some(Mistake::KvHeadsTiled),
+            others: Vec::new(),
             confidence: 0.934,
             sentence: "KV heads are tiled on rank 1.".to_owned(),
-        }),
+            strip: Vec::new(),
+        })),
         details: vec!["out: worst at head 1".to_owned()],
         ..Judgement::new(Verdict::Fail, "out is wrong")
     };
@@ -278,7 +280,7 @@ fn a_diagnosis_comes_first_and_says_where_to_look() {
         text,
         format!(
             "mine {name}\n  \
-             asked: Output and gradients are those of dense attention.\n  \
+             asked: A1 G1\n  \
              fail (the implementation's fault): KV heads are tiled on rank 1.\n  \
              kv-heads-tiled, 93 % sure; look at repeat in place of repeat_interleave where KV \
              heads are expanded or replicated\n  \

@@ -1,5 +1,6 @@
 //! The program's arguments, and what it does with them.
 
+mod faults;
 mod run;
 
 use std::io::{self, Write};
@@ -32,12 +33,16 @@ Exit codes:
 enum Command {
     /// Asks implementations the cases of the catalogue and judges the answers
     Run(run::Arguments),
+    /// Judges implementations that are wrong on purpose: whether the judge
+    /// catches them, and names what is wrong
+    Faults(faults::Arguments),
 }
 
 /// Does what the command line asks for. `program` is how it was called.
 pub fn execute(arguments: &Arguments, program: &str) -> ExitCode {
     match &arguments.command {
         Command::Run(arguments) => run::execute(arguments, program),
+        Command::Faults(arguments) => faults::execute(arguments),
     }
 }
 

@@ -26,6 +26,7 @@ pub use bundled::{Bundled, launch_of};
 pub use collapse::Collapse;
 pub use external::{Conditions, External, Launch, LaunchError};
 pub use kernel::{kernel_name, kernel_parser};
+pub(crate) use reference_rank::Question;
 pub use reference_rank::{ReferenceRank, claims};
 pub use telling::TellingCommunicator;
 pub use threads::ReferenceOnThreads;

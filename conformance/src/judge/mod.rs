@@ -28,6 +28,7 @@ pub use self::dropout::FALSE_ALARM;
 pub(crate) use self::repetition::of_state;
 pub use self::repetition::repeated;
 pub use self::right::right_answer;
+pub(crate) use self::right::{blanked, dense_answer, whole_answer};
 pub use self::tolerance::{FALSE_ALARM_OF_RUN, NUMBERS, false_alarm, lambda};
 pub use self::verdict::{Judgement, Verdict};
 

@@ -1,11 +1,15 @@
 //! The right answer to a question and how far an answer may be off, as files
-//! keep them.
+//! and other suites' rules want them.
 
 use fixtures::exchange::{AnswerStatus, Declared, Tensors};
-use fixtures::{Array, Dtype};
+use fixtures::{Array, Case, Dtype, Inputs};
+use tch::TchError;
 
-use super::{Yardstick, assembly, recover_dropout};
-use crate::oracle::AnswerTensor;
+use super::assembly::Whole;
+use super::padding::PaddingTokens;
+use super::{Yardstick, assembly, dense, recover_dropout};
+use crate::implementation::RankAnswer;
+use crate::oracle::{Answer, AnswerTensor};
 use crate::runner::Asked;
 
 /// The right answer over the whole sequence, in float64, and under `NAME.may_be_off`
@@ -16,17 +20,7 @@ pub fn right_answer(asked: &Asked, declared: Declared) -> Option<Tensors> {
     if case.extras.defect.is_some() {
         return None;
     }
-    let ranks: Vec<&Tensors> = asked
-        .answers
-        .iter()
-        .filter_map(|answer| answer.as_ref().ok())
-        .filter(|(info, _)| info.status == AnswerStatus::Ok)
-        .map(|(_, tensors)| tensors)
-        .collect();
-    let wholes = match ranks.len() == case.world {
-        true => assembly::whole_answers(case, &ranks).unwrap_or_default(),
-        false => Vec::new(),
-    };
+    let wholes = wholes(case, &asked.answers);
     if case.extras.dropout.is_some() && wholes.is_empty() {
         return None;
     }
@@ -43,4 +37,42 @@ pub fn right_answer(asked: &Asked, declared: Declared) -> Option<Tensors> {
         tensors.insert(format!("{}.may_be_off", name.name()), array(&tolerances));
     }
     Some(tensors)
+}
+
+/// An answer over the whole sequence, blank at padding tokens; none where not
+/// every rank gave its part.
+pub(crate) fn whole_answer(case: &Case, answers: &[RankAnswer]) -> Option<Answer<Vec<f64>>> {
+    let whole = wholes(case, answers).into_iter().next()?;
+    blanked(case, whole.answer)
+}
+
+/// What dense SDPA answers in the case's element type, where it answers it.
+pub(crate) fn dense_answer(case: &Case, inputs: &Inputs) -> Option<Answer<Vec<f64>>> {
+    if !dense::is_dense_sdpa(case) {
+        return None;
+    }
+    let numbers = |_, array: Array| Ok::<_, TchError>(array.to_f64());
+    let answer = dense::attention(case, inputs).ok()?.try_map(numbers).ok()?;
+    blanked(case, answer)
+}
+
+/// An answer, blank at padding tokens.
+pub(crate) fn blanked(case: &Case, answer: Answer<Vec<f64>>) -> Option<Answer<Vec<f64>>> {
+    let padding = PaddingTokens::of(case);
+    let blanked = |name, numbers| Ok::<_, TchError>(padding.blanked(name, numbers));
+    answer.try_map(blanked).ok()
+}
+
+/// The answers over the whole sequence; none where not every rank gave its part.
+fn wholes(case: &Case, answers: &[RankAnswer]) -> Vec<Whole> {
+    let ranks: Vec<&Tensors> = answers
+        .iter()
+        .filter_map(|answer| answer.as_ref().ok())
+        .filter(|(info, _)| info.status == AnswerStatus::Ok)
+        .map(|(_, tensors)| tensors)
+        .collect();
+    match ranks.len() == case.world {
+        true => assembly::whole_answers(case, &ranks).unwrap_or_default(),
+        false => Vec::new(),
+    }
 }

@@ -5,6 +5,7 @@
 //! write files.
 
 mod failures;
+mod faults;
 mod json;
 mod junit;
 mod keep;
@@ -12,6 +13,7 @@ mod progress;
 mod tables;
 
 pub use failures::{Notes, failure, failures};
+pub use faults::{faults, faults_page, rivals_page};
 pub use json::JsonLines;
 pub use junit::JUnit;
 pub use keep::Keeper;

@@ -1,5 +1,6 @@
 //! Tables over a whole run.
 
+use std::ops::RangeBounds;
 use std::time::Duration;
 
 use comfy_table::presets::ASCII_MARKDOWN;
@@ -43,7 +44,7 @@ pub fn verdicts(summaries: &[Summary]) -> String {
         .chain(counts)
         .collect()
     });
-    table(header, rows.collect(), 1)
+    table(header, rows.collect(), 1..)
 }
 
 /// How near the right answers are, for each implementation and element type: of
@@ -99,7 +100,7 @@ pub fn closeness(summaries: &[Summary]) -> Option<String> {
             .filter_map(move |dtype| of_dtype(summary, dtype))
     });
     let rows: Vec<_> = rows.collect();
-    (!rows.is_empty()).then(|| table(header, rows, 2))
+    (!rows.is_empty()).then(|| table(header, rows, 2..))
 }
 
 /// How probable it is that the run blamed an honest implementation.
@@ -144,7 +145,7 @@ pub fn costs(summaries: &[Summary]) -> Option<String> {
         ])
     });
     let rows: Vec<_> = rows.collect();
-    (!rows.is_empty()).then(|| table(header, rows, 1))
+    (!rows.is_empty()).then(|| table(header, rows, 1..))
 }
 
 fn median(durations: impl Iterator<Item = Duration>) -> Option<Duration> {
@@ -157,19 +158,21 @@ fn milliseconds(duration: Duration) -> String {
     format!("{:.1} ms", duration.as_secs_f64() * 1e3)
 }
 
-/// Columns from `first_number` on are numbers, and stand to the right.
+/// The columns of `numbers` stand to the right.
 pub(crate) fn table(
     header: impl IntoIterator<Item = impl Into<comfy_table::Cell>>,
     rows: Vec<Vec<String>>,
-    first_number: usize,
+    numbers: impl RangeBounds<usize>,
 ) -> String {
     let mut table = Table::new();
     table.load_preset(ASCII_MARKDOWN).set_header(header);
     for row in rows {
         table.add_row(row);
     }
-    for column in table.column_iter_mut().skip(first_number) {
-        column.set_cell_alignment(CellAlignment::Right);
+    for (place, column) in table.column_iter_mut().enumerate() {
+        if numbers.contains(&place) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
     }
     format!("{table}\n")
 }

@@ -93,6 +93,6 @@ impl Tally {
                 .chain(caught_at_all)
                 .collect(),
         );
-        report::table(header, rows, 1)
+        report::table(header, rows, 1..)
     }
 }

@@ -17,7 +17,8 @@ use ulysses::{
 
 use super::Claims;
 use crate::tensor::{kind, to_array};
-use question::{Brought, Question};
+use question::Brought;
+pub(crate) use question::Question;
 
 /// What the reference around this core attention claims: everything but ranks
 /// without a query head. The eager kernel stores every intermediate tensor.

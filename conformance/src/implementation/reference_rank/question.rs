@@ -14,17 +14,17 @@ use crate::tensor::from_array;
 const NORM_EPSILON: f64 = 1e-6;
 
 /// A question, as the reference is asked it.
-pub(super) struct Question {
-    pub(super) options: Options,
+pub(crate) struct Question {
+    pub(crate) options: Options,
     /// Q, K and V, then what belongs to heads, each by its name.
-    pub(super) leaves: Vec<(&'static str, Tensor)>,
-    pub(super) dout: Tensor,
-    pub(super) brought: Brought,
+    pub(crate) leaves: Vec<(&'static str, Tensor)>,
+    pub(crate) dout: Tensor,
+    pub(crate) brought: Brought,
 }
 
 /// What a call brings and no gradient is asked of, and where among the leaves
 /// the rest is.
-pub(super) struct Brought {
+pub(crate) struct Brought {
     pub(super) layers: usize,
     position_ids: Tensor,
     documents: Option<Option<Vec<Vec<usize>>>>,
@@ -39,7 +39,7 @@ pub(super) struct Brought {
 impl Question {
     /// Reads what a rank is told. An error is what the reference would have
     /// said of it, or what is wrong with the exchange.
-    pub(super) fn read(
+    pub(crate) fn read(
         case: &CaseInfo,
         inputs: &Tensors,
         kernel: Kernel,
@@ -100,7 +100,7 @@ impl Question {
 
 impl Brought {
     /// The call of one layer, with the head state among `leaves`.
-    pub(super) fn call<'a>(&'a self, leaves: &[&'a Tensor], layer: usize) -> Call<'a> {
+    pub(crate) fn call<'a>(&'a self, leaves: &[&'a Tensor], layer: usize) -> Call<'a> {
         let leaf = |place: Option<usize>| place.map(|place| leaves[place]);
         Call {
             position_ids: Some(&self.position_ids),
