@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use fixtures::Case;
 use rstest::rstest;
 use ulysses_conformance::diagnosis::Mistake;
+use ulysses_conformance::faults;
 use ulysses_conformance::{Clause, catalogue};
 
 const SPEC: &str = include_str!("../../conformance/SPEC.md");
@@ -83,6 +84,15 @@ fn every_clause_has_a_mistake_and_every_mistake_a_clause() {
         .filter(|clause| !broken.contains(clause))
         .collect();
     assert!(unbroken.is_empty(), "no mistake breaks {unbroken:?}");
+}
+
+#[test]
+fn every_clause_is_broken_by_a_fault() {
+    let broken: BTreeSet<Clause> = faults::all()
+        .flat_map(|fault| Clause::of_mistake(fault.mistake))
+        .copied()
+        .collect();
+    assert_eq!(broken, Clause::ALL.iter().copied().collect());
 }
 
 /// Every world on which something can go wrong tests the clause, unless more

@@ -151,5 +151,12 @@ fn an_honest_answer_in_another_order_passes(
             .collect::<Tensors>()
     });
     let judgement = judged(&case, Due::Answer, ok(ranks.collect()));
-    assert_eq!(judgement.verdict, Verdict::Pass, "{judgement:?}");
+    // Two heads' sinks may be too few numbers to show much.
+    let is_without_power = judgement.sentence.starts_with("the case has no power");
+    assert!(
+        judgement.verdict == Verdict::Pass || is_without_power,
+        "{judgement:?}"
+    );
+    let comparison = judgement.comparison.unwrap();
+    assert!(comparison.tensors.iter().all(|tensor| !tensor.is_wrong()));
 }

@@ -2,6 +2,7 @@
 
 mod faults;
 mod run;
+mod show;
 
 use std::io::{self, Write};
 
@@ -36,12 +37,15 @@ enum Command {
     /// Judges implementations that are wrong on purpose: whether the judge
     /// catches them, and names what is wrong
     Faults(faults::Arguments),
+    /// Tells what a case can show, and how far a number of its answer may be off
+    Show(show::Arguments),
 }
 
 /// Does what the command line asks for. `program` is how it was called.
 pub fn execute(arguments: &Arguments, program: &str) -> ExitCode {
     match &arguments.command {
         Command::Run(arguments) => run::execute(arguments, program),
+        Command::Show(arguments) => show::execute(arguments),
         Command::Faults(arguments) => faults::execute(arguments),
     }
 }

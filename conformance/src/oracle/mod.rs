@@ -95,8 +95,30 @@ pub fn attention_rounded(
     dropout: Option<&[f64]>,
 ) -> Result<Rounded, TchError> {
     let problem = Problem::of(case, inputs)?.with_dropout(dropout)?;
-    let roundings = Roundings::new(Roundoffs::of(case.dtype, precision));
-    let (answer, squares) = problem.solve_with(Some(roundings))?;
+    rounded(&problem, Roundoffs::of(case.dtype, precision))
+}
+
+/// The same with one kind of rounding alone: for each kind what it is, the unit
+/// roundoff, and how far it moves the answer.
+///
+/// # Errors
+///
+/// As for [`attention_dropped`].
+pub(crate) fn attention_rounded_in_parts(
+    case: &Case,
+    inputs: &Inputs,
+    precision: Precision,
+) -> Result<Vec<(&'static str, f64, Rounded)>, TchError> {
+    let problem = Problem::of(case, inputs)?;
+    let parts = Roundoffs::of(case.dtype, precision).parts().into_iter();
+    parts
+        .filter(|(_, roundoff, _)| *roundoff > 0.0)
+        .map(|(words, roundoff, part)| Ok((words, roundoff, rounded(&problem, part)?)))
+        .collect()
+}
+
+fn rounded(problem: &Problem, roundoffs: Roundoffs) -> Result<Rounded, TchError> {
+    let (answer, squares) = problem.solve_with(Some(Roundings::new(roundoffs)))?;
     let squares = squares.ok_or_else(|| TchError::Shape("roundings were asked for".to_owned()))?;
     Ok(Rounded {
         right: numbers(answer)?,

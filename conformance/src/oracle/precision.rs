@@ -53,4 +53,53 @@ impl Roundoffs {
             of_oracle: if dtype == Dtype::F64 { 2.0 } else { 1.0 },
         }
     }
+
+    /// One for each kind of rounding that these are of, in words, with the other
+    /// roundings left out: what each moves adds up to what all move.
+    pub(crate) fn parts(self) -> [(&'static str, f64, Roundoffs); 5] {
+        let none = Roundoffs {
+            element: 0.0,
+            stored: 0.0,
+            sum: 0.0,
+            factors: 0.0,
+            tiny: 0.0,
+            ..self
+        };
+        let part = |words, square: f64, part| (words, square.sqrt(), part);
+        let Roundoffs {
+            element,
+            stored,
+            sum,
+            factors,
+            tiny,
+            ..
+        } = self;
+        [
+            part(
+                "what is in the element type: answers, factors P and dS, partial sums",
+                element,
+                Roundoffs { element, ..none },
+            ),
+            part(
+                "what the precision profile stores: scores, dP, dS",
+                stored,
+                Roundoffs { stored, ..none },
+            ),
+            part(
+                "sums, exponentials and what is made of them",
+                sum,
+                Roundoffs { sum, ..none },
+            ),
+            part(
+                "factors of products",
+                factors,
+                Roundoffs { factors, ..none },
+            ),
+            part(
+                "the smallest numbers of the element type",
+                tiny,
+                Roundoffs { tiny, ..none },
+            ),
+        ]
+    }
 }

@@ -7,7 +7,7 @@ write = ulysses_kit._write
 
 
 def other(path, content):
-    if path.name == "rank-1.json":
+    if str(path).endswith("hello/rank-1.json"):
         content = content.replace(b'"sum"', b'"average"')
     write(path, content)
 
