@@ -280,7 +280,7 @@ fn a_diagnosis_comes_first_and_says_where_to_look() {
         text,
         format!(
             "mine {name}\n  \
-             asked: A1 G1\n  \
+             asked: E7 A1 A2 A3 A4 G1 G2 P1 R4\n  \
              fail (the implementation's fault): KV heads are tiled on rank 1.\n  \
              kv-heads-tiled, 93 % sure; look at repeat in place of repeat_interleave where KV \
              heads are expanded or replicated\n  \

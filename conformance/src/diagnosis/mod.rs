@@ -49,6 +49,13 @@ pub struct Diagnosis {
 }
 
 impl Diagnosis {
+    /// Whether it says no more than the mistake's own words, nothing of this
+    /// answer.
+    pub fn is_general(&self) -> bool {
+        self.mistake
+            .is_some_and(|mistake| mistake.sentence() == self.sentence)
+    }
+
     /// A mistake that shows by itself.
     pub(crate) fn certain(mistake: Mistake) -> Diagnosis {
         Diagnosis {

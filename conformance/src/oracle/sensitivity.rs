@@ -280,7 +280,12 @@ impl Roundings {
             &sizes.f_square()?.f_mul(&of.keys)?.f_mul_scalar(sum)?,
             &out2.f_mul_scalar(element)?,
         ])?;
-        let of_tiny = of.seen.f_matmul(&v2)?.f_mul_scalar(tiny)?;
+        // Of weights that are small, and of the output itself.
+        let of_tiny = of
+            .seen
+            .f_matmul(&v2)?
+            .f_add_scalar(1.0)?
+            .f_mul_scalar(tiny)?;
         self.out.push(squares.f_add(&of_tiny)?);
 
         // dV = W^T dO.

@@ -7,7 +7,7 @@ use std::fmt::Write;
 use fixtures::Case;
 
 use crate::Clause;
-use crate::judge::Verdict;
+use crate::judge::{Judgement, Verdict};
 use crate::runner::{Record, Summary};
 
 /// What else there is to say of a case that went wrong, a line each, by the
@@ -45,10 +45,11 @@ pub fn failure(implementation: &str, record: &Record, command: &str) -> String {
     let verdict = judgement.verdict;
     let mut text = format!("{implementation} {case}\n  asked: {}\n", clauses(case));
     // Writing to a string cannot fail.
-    let _ = match &judgement.diagnosis {
-        None => writeln!(text, "  {verdict} ({fault}): {}", judgement.sentence),
-        Some(diagnosis) => writeln!(text, "  {verdict} ({fault}): {}", diagnosis.sentence),
-    };
+    let _ = writeln!(
+        text,
+        "  {verdict} ({fault}): {}",
+        telling_sentence(judgement)
+    );
     if let Some(diagnosis) = &judgement.diagnosis {
         if let Some(mistake) = diagnosis.mistake {
             let sure = 100.0 * diagnosis.confidence;
@@ -59,6 +60,8 @@ pub fn failure(implementation: &str, record: &Record, command: &str) -> String {
             let others: Vec<_> = diagnosis.others.iter().map(|other| other.name()).collect();
             let _ = writeln!(text, "  the same here: {}", others.join(", "));
         }
+    }
+    if telling_sentence(judgement) != judgement.sentence {
         let _ = writeln!(text, "  | {}", judgement.sentence);
     }
     for detail in &judgement.details {
@@ -71,6 +74,15 @@ pub fn failure(implementation: &str, record: &Record, command: &str) -> String {
     }
     let _ = writeln!(text, "  again: {command} --case {case}");
     text
+}
+
+/// What was done wrong, as far as the diagnosis knows it of this very answer;
+/// what the judge says, where it knows no more.
+pub(super) fn telling_sentence(judgement: &Judgement) -> &str {
+    match &judgement.diagnosis {
+        Some(diagnosis) if !diagnosis.is_general() => &diagnosis.sentence,
+        _ => &judgement.sentence,
+    }
 }
 
 /// What the case holds an implementation to: numbers of clauses in SPEC.md.

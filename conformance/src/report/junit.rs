@@ -7,6 +7,7 @@ use std::path::Path;
 
 use quick_junit::{NonSuccessKind, Report, SerializeError, TestCase, TestCaseStatus, TestSuite};
 
+use super::failures::telling_sentence;
 use crate::judge::Verdict;
 use crate::runner::{Event, Record};
 
@@ -69,10 +70,7 @@ fn test(implementation: &str, record: &Record) -> TestCase {
         Verdict::Unclear => TestCaseStatus::non_success(NonSuccessKind::Error),
     };
     if !matches!(status, TestCaseStatus::Success { .. }) {
-        let said = match &judgement.diagnosis {
-            Some(diagnosis) => &diagnosis.sentence,
-            None => &judgement.sentence,
-        };
+        let said = telling_sentence(judgement);
         status.set_message(format!("{verdict}: {said}"));
         status.set_type(verdict.name());
         status.set_description(judgement.details.join("\n"));

@@ -143,7 +143,13 @@ impl Tiled {
                     dropout,
                     visible: self.visible(tile, &place)?,
                 };
-                formula::attention(inputs, &heads, &formula, &place)
+                // As a fused kernel: nothing between inputs and output is rounded
+                // to a half type.
+                let kind = query.f_kind()?;
+                let [query, key, value] = inputs.map(|input| input.f_to_kind(precise(kind)));
+                let inputs = [&query?, &key?, &value?];
+                let output = formula::attention(inputs, &heads, &formula, &place)?;
+                Ok(output.f_to_kind(kind)?)
             }
         }
     }
