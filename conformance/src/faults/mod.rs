@@ -1,11 +1,11 @@
 //! The suite's own teeth: wrong implementations of Ulysses attention, each
 //! wrong in one way that has a name.
 //!
-//! [`rank`] puts a right attention together from the reference's public parts,
+//! `rank.rs` puts a right attention together from the reference's public parts,
 //! and a fault replaces one of its stages. Neither has the reference a switch
 //! for it, nor does the judge know who answers. A fault is *wrong* on a case
 //! where its answer is not that of the right attention, which is decided
-//! without the judge ([`trial`]); there the judge must fail it, and the
+//! without the judge (`trial.rs`); there the judge must fail it, and the
 //! diagnosis should say its mistake.
 //!
 //! | module | holds |
