@@ -65,6 +65,46 @@ fn a_case_of_ones_own_is_repeated_by_its_name() {
     assert_eq!(run.named("exact"), [name]);
 }
 
+const SHOWN: &str = "attention/p2-b2-s13-hq2-hkv1-d8-causal-f32-gaussian-seed1";
+
+#[test]
+fn show_says_what_a_case_tests_and_what_mistakes_it_would_see() {
+    assert_snapshot!("show", run(&format!("show {SHOWN}")).stdout);
+}
+
+#[test]
+fn show_derives_how_far_one_number_may_be_off() {
+    let shown = run(&format!("show {SHOWN} --element dk[1,4,0,3]"));
+    with_filters(|| assert_snapshot!("show-element", text(&shown)));
+    // lambda times the root, and the root of the sum of the parts' squares.
+    let numbers = |marker: &str| -> Vec<f64> {
+        let lines = shown.stdout.lines().filter(|line| line.contains(marker));
+        let last = |line: &str| {
+            let words = line.trim_end_matches(" |").rsplit([' ', '|']);
+            words.filter_map(|word| word.parse().ok()).next().unwrap()
+        };
+        lines.map(last).collect()
+    };
+    let parts = ["answers, factors", "stores", "exponentials"].map(|part| numbers(part)[0]);
+    let root = parts.iter().map(|part| part * part).sum::<f64>().sqrt();
+    let said = numbers("root of the sum")[0];
+    assert!((said / root - 1.0).abs() < 2e-3, "{said} is not {root}");
+    let bound = format!("{:.2e}", 8.4030 * said);
+    let digits = |text: &str| text.split('e').next().unwrap().to_owned();
+    assert!(shown.stdout.contains(&digits(&bound)), "{bound}");
+}
+
+#[rstest]
+#[case::no_tensor("dz[0,0,0,0]", "`dz` is no tensor of this case's answer")]
+#[case::outside("dk[0,13,0,0]", "is not in a tensor dk [2, 13, 1, 8]")]
+#[case::too_few("dk[0,1]", "is not in a tensor dk [2, 13, 1, 8]")]
+#[case::no_place("dk", "--element is TENSOR[PLACE]")]
+fn show_refuses_a_number_that_is_not_there(#[case] element: &str, #[case] reason: &str) {
+    let shown = run(&format!("show {SHOWN} --element {element}"));
+    assert_eq!(shown.code, 2);
+    assert!(shown.stderr.contains(reason), "{}", shown.stderr);
+}
+
 #[test]
 fn another_seed_asks_the_same_cases_with_other_values() {
     let list = |seed: &str| run(&format!("run --list --seed {seed}")).stdout;
