@@ -38,6 +38,7 @@
 //! | [`head_partition`], [`token_partition`] | which heads and tokens a rank holds; pure arithmetic |
 //! | [`core_attention`](mod@core_attention) | attention on one device |
 //! | [`rotary`], [`head_norm`] | what becomes of queries and keys before |
+//! | [`batch`] | a batch before the cut, each rank's shard of it, and the data loader adapter |
 //! | [`communicator`] | how ranks talk: threads, MPI, a counter around either |
 //! | [`autograd`] | custom autograd functions, which tch lacks |
 //! | [`error`] | the one error type |
@@ -52,6 +53,7 @@
 mod agreement;
 pub mod attention;
 pub mod autograd;
+pub mod batch;
 pub mod call;
 pub mod communicator;
 pub mod core_attention;
@@ -69,6 +71,13 @@ pub mod token_partition;
 
 pub use attention::UlyssesAttention;
 pub use autograd::checkpoint;
+pub use batch::{
+    Batch,
+    data_loader::{DataLoaderAdapter, Epoch, Preparation},
+    labels::{IGNORE_INDEX, Shift, shift_labels},
+    positions::{document_ends, position_ids},
+    shard::Shard,
+};
 pub use call::{Call, CallDropout, Documents, HeadNorm};
 pub use communicator::{
     Communicator, CommunicatorError,

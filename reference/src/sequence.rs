@@ -135,7 +135,7 @@ fn runs(ends: &[usize]) -> Vec<Range<usize>> {
 }
 
 /// A run for each stretch of positions that go up by one.
-fn restarts(positions: &[i64]) -> Vec<Range<usize>> {
+pub(crate) fn restarts(positions: &[i64]) -> Vec<Range<usize>> {
     let restarts = (1..positions.len()).filter(|&i| positions[i] != positions[i - 1] + 1);
     let ends: Vec<usize> = restarts.chain([positions.len()]).collect();
     runs(&ends)

@@ -59,12 +59,7 @@ impl TokenPartition {
                 "give at least one rank a token",
             );
         }
-        let runs = match sharding {
-            Sharding::Contiguous => contiguous(tokens),
-            Sharding::Zigzag => zigzag(total, tokens.len()),
-            Sharding::Striped => striped(total, tokens.len()),
-        };
-        let partition = Self { runs };
+        let partition = Self::of(sharding, total, tokens);
         for (rank, &given) in tokens.iter().enumerate() {
             let due = partition.tokens(rank);
             if given != due {
@@ -81,6 +76,33 @@ impl TokenPartition {
             }
         }
         Ok(partition)
+    }
+
+    /// The partition of `total` tokens over `ranks` ranks whose shards are as
+    /// equal as they can be: of contiguous ones, the first `total mod ranks`
+    /// are one token longer.
+    ///
+    /// # Errors
+    /// Refused when there is no rank.
+    pub fn even(sharding: Sharding, total: usize, ranks: usize) -> Result<Self> {
+        if ranks == 0 {
+            return refuse("ranks", "is 0", "give the size of the group");
+        }
+        let (each, over) = (total / ranks, total % ranks);
+        let tokens: Vec<usize> = (0..ranks)
+            .map(|rank| each + usize::from(rank < over))
+            .collect();
+        Ok(Self::of(sharding, total, &tokens))
+    }
+
+    /// A contiguous sharding goes by `tokens`, the others by the total.
+    fn of(sharding: Sharding, total: usize, tokens: &[usize]) -> Self {
+        let runs = match sharding {
+            Sharding::Contiguous => contiguous(tokens),
+            Sharding::Zigzag => zigzag(total, tokens.len()),
+            Sharding::Striped => striped(total, tokens.len()),
+        };
+        Self { runs }
     }
 
     /// How many ranks share the tokens.

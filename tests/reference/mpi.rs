@@ -14,8 +14,8 @@ use std::{
 };
 use tch::{Device, Kind, Tensor};
 use ulysses::{
-    Communicator, CommunicatorError, Mask, MpiCommunicator, MpiWorld, Options, Score,
-    UlyssesAttention,
+    Batch, Communicator, CommunicatorError, DataLoaderAdapter, Mask, MpiCommunicator, MpiWorld,
+    Options, Preparation, Score, UlyssesAttention,
 };
 use world::{Inputs, gradients, leaf, shard, uneven_shards};
 
@@ -216,6 +216,48 @@ fn attention_has_the_bits_of_one_process() {
                     assert_eq!(got[..exact], due[..exact], "{kind:?} {heads:?}");
                 }
             }
+        },
+    );
+}
+
+/// Rank r has r batches of r + 3 tokens, and the last one's last is an error.
+#[test]
+fn the_batches_of_every_rank_are_served_to_all() {
+    worlds(
+        "the_batches_of_every_rank_are_served_to_all",
+        &[1, 2, 4],
+        |communicator| {
+            let (own, size) = (communicator.rank(), communicator.size());
+            let batch = |rank: usize, index: usize| {
+                let first = (100 * rank + 10 * index) as i64;
+                let options = (Kind::Int64, Device::Cpu);
+                let ids = Tensor::arange_start(first, first + rank as i64 + 3, options);
+                Batch::default()
+                    .with("labels", ids.unsqueeze(0))
+                    .with("weights", ids.to_kind(Kind::BFloat16).unsqueeze(0))
+                    .with_whole("first", Tensor::from(first))
+                    .with("input_ids", ids.unsqueeze(0))
+            };
+            let open = |epoch| {
+                let error = (epoch == 1 && own + 1 == size).then(|| Err("no more"));
+                (0..own)
+                    .map(move |index| Ok(batch(own, index)))
+                    .chain(error)
+            };
+            let preparation = Preparation::default();
+            let mut adapter = DataLoaderAdapter::new(Arc::new(communicator), preparation, open);
+            let rounds = (0..size).flat_map(|index| (index + 1..size).map(move |r| (r, index)));
+            let mut epoch = adapter.epoch();
+            for (rank, index) in rounds {
+                let got = epoch.next().unwrap().unwrap();
+                let whole = preparation.prepare(batch(rank, index)).unwrap();
+                let due = whole.shard(preparation.sharding, own, size).unwrap();
+                assert_eq!(got.entries, due.entries, "batch {index} of rank {rank}");
+            }
+            assert!(epoch.next().is_none());
+            let error = adapter.epoch().find_map(Result::err).unwrap();
+            assert_eq!(error.rank(), Some(size - 1));
+            assert_eq!(error.argument(), Some("batches"));
         },
     );
 }
