@@ -6,12 +6,14 @@
 
 use std::{env, fs, path::PathBuf, process::ExitCode};
 
-const SOURCE: &str = "src/autograd/function.cpp";
+const SOURCES: [&str; 2] = ["src/autograd/function.cpp", "src/autograd/gradient.cpp"];
 const REMEDY: &str = "run `make setup`, or set LIBTORCH to the torch folder of a torch 2.11.0";
 
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed={SOURCE}");
+    for source in SOURCES {
+        println!("cargo::rerun-if-changed={source}");
+    }
     println!("cargo::rerun-if-env-changed=LIBTORCH");
     println!("cargo::rerun-if-env-changed=LIBTORCH_CXX11_ABI");
     match libtorch() {
@@ -50,7 +52,7 @@ fn build(libtorch: &std::path::Path) {
         .include(libtorch.join("include"))
         .include(libtorch.join("include/torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
-        .file(SOURCE)
+        .files(SOURCES)
         .compile("ulysses_autograd");
 
     let lib = libtorch.join("lib");

@@ -27,7 +27,7 @@ pub enum Error {
     /// A pass of a custom autograd function panicked.
     #[error("{pass} panicked: {message}")]
     Panicked {
-        /// `forward` or `backward`.
+        /// `forward`, `backward` or `a gradient hook`.
         pass: &'static str,
         /// What the panic said.
         message: String,

@@ -39,8 +39,10 @@
 //! | [`core_attention`](mod@core_attention) | attention on one device |
 //! | [`rotary`], [`head_norm`] | what becomes of queries and keys before |
 //! | [`batch`] | a batch before the cut, each rank's shard of it, and the data loader adapter |
-//! | [`communicator`] | how ranks talk: threads, MPI, a counter around either |
-//! | [`autograd`] | custom autograd functions, which tch lacks |
+//! | [`communicator`] | how ranks talk: threads, MPI, a counter around either; sums and gathers of tensors |
+//! | [`mesh`] | data and sequence parallelism together |
+//! | [`autograd`] | custom autograd functions, and word that a gradient is complete, which tch lacks |
+//! | [`optimizer`] | AdamW and SGD with their state sharded over a mesh |
 //! | [`error`] | the one error type |
 //!
 //! Deliberately not here: layers other than attention, and any switch that
@@ -64,6 +66,8 @@ pub mod exchange;
 pub mod head_norm;
 pub mod head_partition;
 mod local_attention;
+pub mod mesh;
+pub mod optimizer;
 pub mod options;
 pub mod rotary;
 mod sequence;
@@ -92,6 +96,7 @@ pub use error::{Error, Refusal, Result};
 pub use exchange::Exchange;
 pub use head_norm::normalize_heads;
 pub use head_partition::{HeadMap, HeadPartition};
+pub use mesh::{Mesh, MeshShape};
 pub use options::{Options, SequenceLength};
 pub use rotary::{Rotary, rotate};
 pub use token_partition::{Run, Sharding, TokenPartition};

@@ -2,6 +2,7 @@
 //! body, and the one outside looks at what they printed and how they ended.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used, missing_docs)]
 
+mod training;
 mod world;
 
 use std::{
@@ -15,7 +16,7 @@ use std::{
 use tch::{Device, Kind, Tensor};
 use ulysses::{
     Batch, Communicator, CommunicatorError, DataLoaderAdapter, Mask, MpiCommunicator, MpiWorld,
-    Options, Preparation, Score, UlyssesAttention,
+    Options, Preparation, Score, UlyssesAttention, optimizer::Stage,
 };
 use world::{Inputs, gradients, leaf, shard, uneven_shards};
 
@@ -281,6 +282,83 @@ fn a_refusal_is_the_same_on_every_rank() {
             assert!(attention.forward(&good, &good, &good).is_ok());
         },
     );
+}
+
+#[test]
+fn ranks_of_one_color_form_a_group_in_rank_order() {
+    let name = "ranks_of_one_color_form_a_group_in_rank_order";
+    worlds(name, &[1, 3, 4], |communicator| {
+        let (rank, size) = (communicator.rank(), communicator.size());
+        let color = |rank: usize| [usize::MAX, 5][rank % 2];
+        let group = communicator.split(color(rank)).unwrap();
+        let due: Vec<_> = (0..size).filter(|&other| other % 2 == rank % 2).collect();
+        assert_eq!(due[group.rank()], rank);
+        // Each group does as much as it likes, and may be split again.
+        for _ in 0..rank % 2 {
+            group.all_gather(&[0]).unwrap();
+        }
+        let gathered = group.all_gather(&[rank as i64]).unwrap().concat();
+        assert!(gathered.into_iter().eq(due.iter().map(|&rank| rank as i64)));
+        exchange_blocks(&*group, |from, to| 2 * from + to);
+        let alone = group.split(rank).unwrap();
+        assert_eq!((alone.rank(), alone.size()), (0, 1));
+        exchange_blocks(&communicator, |from, to| from + to);
+    });
+}
+
+/// Rank 1 never comes to a group's collective: rank 0 waits as long as it would
+/// for the world.
+#[test]
+fn a_wait_in_a_group_ends() {
+    let name = "a_wait_in_a_group_ends";
+    if env::var_os("OMPI_COMM_WORLD_SIZE").is_none() {
+        let (status, output) = launch(name, 2);
+        assert!(output.contains("rank 0 is done"), "{status}\n{output}");
+        assert!(!status.success(), "{output}");
+        return;
+    }
+    let world = MpiWorld::initialize().unwrap();
+    let limit = Duration::from_millis(300);
+    let group = world
+        .communicator()
+        .with_time_limit(limit)
+        .split(0)
+        .unwrap();
+    if group.rank() == 1 {
+        thread::sleep(TIME_LIMIT);
+        return;
+    }
+    let due = CommunicatorError::TimedOut {
+        operation: "all_gather",
+        missing: vec![],
+        limit,
+    };
+    assert_eq!(group.all_gather(&[1]).unwrap_err(), due);
+    println!("rank 0 is done");
+}
+
+#[test]
+fn training_on_a_mesh_has_the_bits_of_ranks_as_threads() {
+    let name = "training_on_a_mesh_has_the_bits_of_ranks_as_threads";
+    worlds(name, &[2, 4], |communicator| {
+        let communicator: Arc<dyn Communicator> = Arc::new(communicator);
+        let shapes: &[[usize; 3]] = match communicator.size() {
+            2 => &[[1, 1, 2], [2, 1, 1]],
+            _ => &[[2, 1, 2], [1, 2, 2], [2, 2, 1]],
+        };
+        for shape in shapes.iter().map(|&shape| training::shape(shape)) {
+            for stage in [Stage::One, Stage::Two] {
+                let options = training::options(stage, training::ADAMW);
+                let got = training::on_mesh(Arc::clone(&communicator), shape, options);
+                let due = world::on_ranks(communicator.size(), |threads| {
+                    training::on_mesh(threads, shape, options)
+                });
+                assert_eq!(got, due[0], "{shape} {stage:?}");
+                let (whole, _) = training::by_libtorch(shape.data_parallel(), options);
+                assert!(training::difference(&got.0, &whole) < 8.0 * f64::EPSILON);
+            }
+        }
+    });
 }
 
 /// A count of MPI is a 32-bit integer, and so is a displacement. The block is

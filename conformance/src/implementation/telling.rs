@@ -13,19 +13,22 @@ use ulysses::{Communicator, CommunicatorError};
 pub struct TellingCommunicator {
     inner: Arc<dyn Communicator>,
     session: Session,
-    case: AtomicUsize,
-    /// Collectives of this case.
-    entered: AtomicUsize,
+    /// The rank as the session knows it, in groups too.
+    rank: usize,
+    case: Arc<AtomicUsize>,
+    /// Collectives of this case, those of groups among them.
+    entered: Arc<AtomicUsize>,
 }
 
 impl TellingCommunicator {
     /// Tells of `inner` in `session`.
     pub fn new(inner: Arc<dyn Communicator>, session: Session) -> TellingCommunicator {
         TellingCommunicator {
+            rank: inner.rank(),
             inner,
             session,
-            case: AtomicUsize::new(0),
-            entered: AtomicUsize::new(0),
+            case: Arc::default(),
+            entered: Arc::default(),
         }
     }
 
@@ -41,7 +44,7 @@ impl TellingCommunicator {
         let say = |place: &str| {
             let line = format!("case {case}: {ANSWERING}, {place} {collective} #{number}");
             // A rank that cannot say where it is may still be right.
-            let _ = self.session.say_progress(self.rank(), &line);
+            let _ = self.session.say_progress(self.rank, &line);
         };
         say("in");
         let result = run();
@@ -69,6 +72,16 @@ impl Communicator for TellingCommunicator {
         receive: &[Vec<Tensor>],
     ) -> Result<(), CommunicatorError> {
         self.run("all_to_all", || self.inner.all_to_all(send, receive))
+    }
+
+    fn split(&self, color: usize) -> Result<Arc<dyn Communicator>, CommunicatorError> {
+        Ok(Arc::new(TellingCommunicator {
+            inner: self.run("split", || self.inner.split(color))?,
+            session: self.session.clone(),
+            rank: self.rank,
+            case: Arc::clone(&self.case),
+            entered: Arc::clone(&self.entered),
+        }))
     }
 
     fn abandon(&self, reason: &str) {

@@ -186,7 +186,7 @@ fn own(handles: *const *mut C_tensor, count: usize) -> Vec<Tensor> {
         .collect()
 }
 
-fn guarded<T>(pass: &'static str, body: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(super) fn guarded<T>(pass: &'static str, body: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| {
         Err(Error::Panicked {
             pass,

@@ -8,6 +8,8 @@
 //! exchange.
 //!
 //! [`checkpoint`] is built on it: a function that runs again in backward.
+//! [`on_gradient_ready`] tells when the gradient of a parameter is complete,
+//! which tch does not bind either.
 //!
 //! Not here: anything about ranks. A [`Function`] may communicate or not.
 //! Second derivatives are refused, because a backward written in Rust records
@@ -15,9 +17,12 @@
 
 mod checkpoint;
 mod ffi;
+mod gradient;
+mod gradient_ffi;
 
 pub use checkpoint::checkpoint;
 pub(crate) use checkpoint::{Kept, pull_back};
+pub use gradient::{HookHandle, on_gradient_ready, take_gradient};
 
 use crate::error::{Result, refuse};
 use tch::Tensor;

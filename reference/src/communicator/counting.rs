@@ -8,7 +8,7 @@ use super::{Communicator, CommunicatorError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tch::Tensor;
 
-/// What one rank handed to its communicator.
+/// What one rank handed to its communicator and the groups split off from it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// Exchanges of blocks entered.
@@ -24,9 +24,12 @@ pub struct Traffic {
 }
 
 /// Counts calls and bytes, and passes everything on to `inner`.
+///
+/// The counters are those of the groups that are split off as well; the split
+/// itself counts as nothing. To count a group alone, put a counter around it.
 pub struct CountingCommunicator {
     inner: Arc<dyn Communicator>,
-    traffic: Mutex<Traffic>,
+    traffic: Arc<Mutex<Traffic>>,
 }
 
 impl CountingCommunicator {
@@ -34,7 +37,7 @@ impl CountingCommunicator {
     pub fn new(inner: Arc<dyn Communicator>) -> Self {
         Self {
             inner,
-            traffic: Mutex::default(),
+            traffic: Arc::default(),
         }
     }
 
@@ -89,6 +92,13 @@ impl Communicator for CountingCommunicator {
             }
         }
         self.inner.all_to_all(send, receive)
+    }
+
+    fn split(&self, color: usize) -> Result<Arc<dyn Communicator>, CommunicatorError> {
+        Ok(Arc::new(CountingCommunicator {
+            inner: self.inner.split(color)?,
+            traffic: Arc::clone(&self.traffic),
+        }))
     }
 
     fn abandon(&self, reason: &str) {

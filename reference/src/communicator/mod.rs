@@ -2,8 +2,9 @@
 //!
 //! A [`Communicator`] has two collectives, which are all that Ulysses needs: a
 //! gather of a few words, and an exchange of blocks between every pair of
-//! ranks. [`threads`] runs ranks as threads of one process, [`mpi`] as
-//! processes, and [`counting`] counts the traffic of any other.
+//! ranks. It can be split into groups, and [`collectives`] makes sums and
+//! gathers of tensors of it. [`threads`] runs ranks as threads of one process,
+//! [`mpi`] as processes, and [`counting`] counts the traffic of any other.
 //!
 //! The exchange takes *lists of strided views*, not one flat buffer. So Q, K
 //! and V travel in one collective instead of three, and whoever moves the data
@@ -16,6 +17,7 @@
 //! graph has saved.
 
 mod blocks;
+pub mod collectives;
 pub mod counting;
 mod error;
 pub mod mpi;
@@ -24,6 +26,7 @@ pub mod threads;
 
 pub use error::CommunicatorError;
 
+use std::sync::Arc;
 use tch::Tensor;
 
 /// One rank's end of a group of ranks.
@@ -62,10 +65,22 @@ pub trait Communicator: Send + Sync {
         receive: &[Vec<Tensor>],
     ) -> Result<(), CommunicatorError>;
 
+    /// The group of the ranks that gave the same `color`, in the order of their
+    /// ranks here. All ranks call it together.
+    ///
+    /// The group has collectives and ranks of its own: errors of it name ranks
+    /// of the group. It waits as long as this communicator did when it was
+    /// split, and may outlive it.
+    ///
+    /// # Errors
+    /// As for [`Communicator::all_gather`].
+    fn split(&self, color: usize) -> Result<Arc<dyn Communicator>, CommunicatorError>;
+
     /// Tells the peers that this rank takes no further part, and why, so that
     /// they need not wait for the time limit.
     ///
-    /// A courtesy: by default nothing is said, and peers meet the time limit.
+    /// Where it is told, the groups that were split off learn it too. A
+    /// courtesy: by default nothing is said, and peers meet the time limit.
     fn abandon(&self, reason: &str) {
         let _ = reason;
     }

@@ -51,11 +51,15 @@ pub struct MpiCommunicator {
 }
 
 /// A duplicate of MPI_COMM_WORLD, so that nothing else the program does with
-/// MPI can be taken for a message of ours.
+/// MPI can be taken for a message of ours; or a part of one.
 struct Group {
     handle: Handle,
     rank: usize,
     size: usize,
+    /// The groups that were split off, in the order in which they were. They
+    /// last as long as MPI: to free one is a collective, and ranks drop theirs
+    /// when they like.
+    parts: Mutex<Vec<Arc<Group>>>,
     /// Held during a collective: MPI wants those of one communicator in one
     /// order.
     condition: Mutex<Condition>,
@@ -117,16 +121,9 @@ impl MpiWorld {
                 ffi::MPI_Comm_set_errhandler(handle, errors_return),
             )?;
         }
-        let condition = Mutex::new(Condition::Ready);
-        let group = Arc::new(Group {
-            handle: Handle(handle),
-            rank,
-            size,
-            condition,
-        });
         Ok(MpiWorld {
             universe: ManuallyDrop::new(universe),
-            group,
+            group: Arc::new(Group::new(handle, rank, size)),
         })
     }
 
@@ -142,19 +139,26 @@ impl MpiWorld {
 
 impl Drop for MpiWorld {
     fn drop(&mut self) {
-        let mut condition = self.group.lock();
+        let groups = self.group.with_parts();
+        let mut conditions: Vec<_> = groups.iter().map(|group| group.lock()).collect();
         // MPI_Finalize waits for what was begun and never completed, and for
         // peers that wait for this rank. After a failure or in a panic the
         // process ends without it, and `mpirun` ends the others.
-        if thread::panicking() || !matches!(*condition, Condition::Ready) {
+        let ready = |condition: &MutexGuard<'_, _>| matches!(**condition, Condition::Ready);
+        if thread::panicking() || !conditions.iter().all(ready) {
             return;
         }
-        *condition = Condition::Finalized;
-        let mut handle = self.group.handle.0;
-        // SAFETY: the handle is ours and, `Finalized` being set, used no more;
-        // the universe is not touched after it is dropped here.
+        for (group, condition) in groups.iter().zip(&mut conditions) {
+            **condition = Condition::Finalized;
+            let mut handle = group.handle.0;
+            // SAFETY: the handle is ours and, `Finalized` being set, used no
+            // more. Every rank has split, and so frees, in the same order.
+            unsafe {
+                ffi::MPI_Comm_free(&raw mut handle);
+            }
+        }
+        // SAFETY: the universe is not touched after it is dropped here.
         unsafe {
-            ffi::MPI_Comm_free(&raw mut handle);
             ManuallyDrop::drop(&mut self.universe);
         }
     }
@@ -324,9 +328,68 @@ impl Communicator for MpiCommunicator {
             Ok(())
         })
     }
+
+    /// MPI splits without a time limit: it is called once every rank has come
+    /// to a gather, which has one.
+    fn split(&self, color: usize) -> Result<Arc<dyn Communicator>, CommunicatorError> {
+        let operation = "split";
+        let own = color.cast_signed() as i64;
+        let group = self.in_turn(operation, || {
+            let colors = self.gather(operation, &[own])?;
+            // A color of MPI is a 32-bit number that is not negative.
+            let first = colors.iter().position(|&color| color == own);
+            let color = first.unwrap_or(self.group.rank) as c_int;
+            let (mut handle, mut rank, mut size) = (self.group.handle.0, 0, 0);
+            // SAFETY: the handle of the group is valid, and the others are
+            // places for what MPI answers. All ranks of the group do this.
+            unsafe {
+                let (whole, key) = (self.group.handle.0, self.group.rank as c_int);
+                succeed(
+                    operation,
+                    ffi::MPI_Comm_split(whole, color, key, &raw mut handle),
+                )?;
+                let errors_return = ffi::RSMPI_ERRORS_RETURN;
+                succeed(
+                    operation,
+                    ffi::MPI_Comm_set_errhandler(handle, errors_return),
+                )?;
+                succeed(operation, ffi::MPI_Comm_rank(handle, &raw mut rank))?;
+                succeed(operation, ffi::MPI_Comm_size(handle, &raw mut size))?;
+            }
+            Ok(Arc::new(Group::new(handle, rank as usize, size as usize)))
+        })?;
+        self.group.parts().push(Arc::clone(&group));
+        Ok(Arc::new(MpiCommunicator {
+            group,
+            time_limit: self.time_limit,
+        }))
+    }
 }
 
 impl Group {
+    fn new(handle: ffi::MPI_Comm, rank: usize, size: usize) -> Group {
+        Group {
+            handle: Handle(handle),
+            rank,
+            size,
+            parts: Mutex::default(),
+            condition: Mutex::new(Condition::Ready),
+        }
+    }
+
+    /// The group and all that was ever split off from it, directly or not.
+    fn with_parts(self: &Arc<Group>) -> Vec<Arc<Group>> {
+        let mut all = vec![Arc::clone(self)];
+        for part in self.parts().iter() {
+            all.extend(part.with_parts());
+        }
+        all
+    }
+
+    fn parts(&self) -> MutexGuard<'_, Vec<Arc<Group>>> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Condition> {
         self.condition
             .lock()

@@ -20,7 +20,7 @@ use super::{Communicator, CommunicatorError, blocks};
 use std::{
     hint,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -44,6 +44,8 @@ pub struct ThreadCommunicator {
     size: usize,
     time_limit: Duration,
     world: Arc<World>,
+    /// This rank's ends of the groups that were split off.
+    groups: Mutex<Vec<Weak<ThreadCommunicator>>>,
 }
 
 struct World {
@@ -80,6 +82,8 @@ struct Brought {
 struct Parcel {
     words: Vec<i64>,
     blocks: Vec<Tensor>,
+    /// The receiver's end of a group.
+    end: Option<ThreadCommunicator>,
     failure: Option<CommunicatorError>,
 }
 
@@ -111,6 +115,7 @@ impl ThreadCommunicator {
                 size,
                 time_limit: TIME_LIMIT,
                 world: Arc::clone(&world),
+                groups: Mutex::default(),
             })
             .collect()
     }
@@ -243,8 +248,43 @@ impl Communicator for ThreadCommunicator {
         Ok(())
     }
 
+    /// The first rank of each group makes its ends and gives them to the others.
+    fn split(&self, color: usize) -> Result<Arc<dyn Communicator>, CommunicatorError> {
+        let operation = "split";
+        let words = vec![color.cast_signed() as i64];
+        let parcel = || Parcel {
+            words: words.clone(),
+            ..Parcel::default()
+        };
+        let colors = self.meet(operation, (0..self.size).map(|_| parcel()).collect())?;
+        let members: Vec<usize> = (0..self.size)
+            .filter(|&rank| colors[rank].words == words)
+            .collect();
+        let mut parcels: Vec<_> = (0..self.size).map(|_| Parcel::default()).collect();
+        if members.first() == Some(&self.rank) {
+            let ends = ThreadCommunicator::world(members.len());
+            for (&member, end) in members.iter().zip(ends) {
+                parcels[member].end = Some(end.with_time_limit(self.time_limit));
+            }
+        }
+        let arrived = self.meet("the end of split", parcels)?;
+        let end = arrived.into_iter().find_map(|parcel| parcel.end);
+        let end = Arc::new(end.ok_or_else(|| CommunicatorError::Unusable {
+            operation,
+            reason: "no rank gave this one an end of its group".to_owned(),
+        })?);
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        groups.retain(|group| group.strong_count() > 0);
+        groups.push(Arc::downgrade(&end));
+        Ok(end)
+    }
+
     fn abandon(&self, reason: &str) {
         self.depart(reason);
+        let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        for group in groups.iter().filter_map(Weak::upgrade) {
+            group.abandon(reason);
+        }
     }
 }
 
