@@ -43,6 +43,7 @@
 //! | [`mesh`] | data and sequence parallelism together |
 //! | [`autograd`] | custom autograd functions, and word that a gradient is complete, which tch lacks |
 //! | [`optimizer`] | AdamW and SGD with their state sharded over a mesh |
+//! | [`cost`] | bytes, operations and memory of a model, by arithmetic |
 //! | [`error`] | the one error type |
 //!
 //! Deliberately not here: layers other than attention, and any switch that
@@ -59,6 +60,7 @@ pub mod batch;
 pub mod call;
 pub mod communicator;
 pub mod core_attention;
+pub mod cost;
 pub mod cross_attention;
 pub mod distributed_attention;
 pub mod error;

@@ -1,6 +1,7 @@
 //! The program's arguments, and what it does with them.
 
 mod faults;
+mod plan;
 mod run;
 mod show;
 
@@ -39,6 +40,8 @@ enum Command {
     Faults(faults::Arguments),
     /// Tells what a case can show, and how far a number of its answer may be off
     Show(show::Arguments),
+    /// Tells what training a model costs: bytes that travel, operations, memory
+    Plan(plan::Arguments),
 }
 
 /// Does what the command line asks for. `program` is how it was called.
@@ -46,6 +49,7 @@ pub fn execute(arguments: &Arguments, program: &str) -> ExitCode {
     match &arguments.command {
         Command::Run(arguments) => run::execute(arguments, program),
         Command::Show(arguments) => show::execute(arguments),
+        Command::Plan(arguments) => plan::execute(arguments),
         Command::Faults(arguments) => faults::execute(arguments),
     }
 }
