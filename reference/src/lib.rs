@@ -44,6 +44,8 @@
 //! | [`autograd`] | custom autograd functions, and word that a gradient is complete, which tch lacks |
 //! | [`optimizer`] | AdamW and SGD with their state sharded over a mesh |
 //! | [`cost`] | bytes, operations and memory of a model, by arithmetic |
+//! | [`tiled`] | functions of long sequences in tiles: the MLP, logits and their loss |
+//! | [`loss`] | cross-entropy over the tokens of all ranks |
 //! | [`error`] | the one error type |
 //!
 //! Deliberately not here: layers other than attention, and any switch that
@@ -68,11 +70,13 @@ pub mod exchange;
 pub mod head_norm;
 pub mod head_partition;
 mod local_attention;
+pub mod loss;
 pub mod mesh;
 pub mod optimizer;
 pub mod options;
 pub mod rotary;
 mod sequence;
+pub mod tiled;
 pub mod token_partition;
 
 pub use attention::UlyssesAttention;
@@ -98,7 +102,11 @@ pub use error::{Error, Refusal, Result};
 pub use exchange::Exchange;
 pub use head_norm::normalize_heads;
 pub use head_partition::{HeadMap, HeadPartition};
+pub use loss::cross_entropy;
 pub use mesh::{Mesh, MeshShape};
 pub use options::{Options, SequenceLength};
 pub use rotary::{Rotary, rotate};
+pub use tiled::{
+    Reduction, SwiGlu, Tile, TiledCompute, sequence_tiled_compute, tiled_logits_loss, tiled_mlp,
+};
 pub use token_partition::{Run, Sharding, TokenPartition};

@@ -16,9 +16,9 @@ use std::{
 use tch::{Device, Kind, Tensor};
 use ulysses::{
     Batch, Communicator, CommunicatorError, DataLoaderAdapter, Mask, MpiCommunicator, MpiWorld,
-    Options, Preparation, Score, UlyssesAttention, optimizer::Stage,
+    Options, Preparation, Reduction, Score, UlyssesAttention, cross_entropy, optimizer::Stage,
 };
-use world::{Inputs, gradients, leaf, shard, uneven_shards};
+use world::{Inputs, gradients, leaf, noise, shard, uneven_shards};
 
 /// For one world. They take a second or two, the one that moves gibibytes ten.
 const TIME_LIMIT: Duration = Duration::from_secs(120);
@@ -259,6 +259,45 @@ fn the_batches_of_every_rank_are_served_to_all() {
             let error = adapter.epoch().find_map(Result::err).unwrap();
             assert_eq!(error.rank(), Some(size - 1));
             assert_eq!(error.argument(), Some("batches"));
+        },
+    );
+}
+
+/// As `loss.rs` shows on threads; here rank 0 has no label.
+#[test]
+fn the_loss_is_that_of_one_process() {
+    worlds(
+        "the_loss_is_that_of_one_process",
+        &[1, 2, 3, 4],
+        |communicator| {
+            let (rank, size) = (communicator.rank(), communicator.size());
+            let shards = uneven_shards(13, size);
+            let communicator: Arc<dyn Communicator> = Arc::new(communicator);
+            let logits = noise(1, [1, 13, 1, 5], Kind::Double);
+            let labels = Tensor::arange(13, (Kind::Int64, Device::Cpu)).remainder(5);
+            let _ = labels.narrow(0, 0, shards[0] as i64).fill_(-100);
+            let whole = leaf(&logits);
+            let due = whole.view([13, 5]).cross_entropy_loss(
+                &labels,
+                None::<&Tensor>,
+                tch::Reduction::Sum,
+                -100,
+                0.0,
+            ) / labels.ne(-100).sum(Kind::Int64).clamp_min(1);
+            (&due * 0.25).backward();
+            let own = leaf(&shard(&logits, &shards, rank));
+            let loss = cross_entropy(
+                &communicator,
+                &own.squeeze_dim(2),
+                &shard(&labels.unsqueeze(0), &shards, rank),
+                -100,
+                Reduction::Mean,
+            )
+            .unwrap();
+            assert!(loss.allclose(&due, 1e-14, 0.0, false), "{loss} {due}");
+            (loss * 0.25).backward();
+            let due = shard(&whole.grad(), &shards, rank);
+            assert!(own.grad().allclose(&due, 1e-14, 1e-15, false));
         },
     );
 }

@@ -9,6 +9,7 @@
 
 mod check;
 mod descriptor;
+mod refusal;
 mod settings;
 mod side;
 
@@ -21,6 +22,7 @@ use crate::{
     token_partition::TokenPartition,
 };
 use descriptor::Descriptor;
+pub(crate) use refusal::gather;
 use tch::Tensor;
 
 /// What the ranks agreed on.

@@ -36,7 +36,7 @@ pub(super) struct Formula<'a> {
 }
 
 /// The kind in which scores become weights.
-pub(super) fn precise(kind: Kind) -> Kind {
+pub(crate) fn precise(kind: Kind) -> Kind {
     match kind {
         Kind::Half | Kind::BFloat16 => Kind::Float,
         other => other,

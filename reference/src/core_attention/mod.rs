@@ -35,6 +35,7 @@ mod visible;
 
 pub(crate) use arguments::check_numbers;
 pub use dropout::Dropout;
+pub(crate) use formula::precise;
 pub use layout::BlockLayout;
 
 use crate::{error::Result, head_partition::HeadMap};
