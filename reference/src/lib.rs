@@ -39,6 +39,9 @@
 //! | [`core_attention`](mod@core_attention) | attention on one device |
 //! | [`rotary`], [`head_norm`] | what becomes of queries and keys before |
 //! | [`batch`] | a batch before the cut, each rank's shard of it, and the data loader adapter |
+//! | [`model`] | a decoder of the Llama family, from Hugging Face files |
+//! | [`tiled`] | functions of long sequences in tiles: the MLP, logits and their loss |
+//! | [`loss`] | cross-entropy over the tokens of all ranks |
 //! | [`communicator`] | how ranks talk: threads, MPI, a counter around either; sums and gathers of tensors |
 //! | [`mesh`] | data and sequence parallelism together |
 //! | [`autograd`] | custom autograd functions, and word that a gradient is complete, which tch lacks |
@@ -48,8 +51,7 @@
 //! | [`loss`] | cross-entropy over the tokens of all ranks |
 //! | [`error`] | the one error type |
 //!
-//! Deliberately not here: layers other than attention, and any switch that
-//! would make a result wrong on purpose.
+//! Deliberately not here: any switch that would make a result wrong on purpose.
 //!
 //! Source: Jacobs et al., "DeepSpeed Ulysses: System Optimizations for
 //! Enabling Training of Extreme Long Sequence Transformer Models",
@@ -72,6 +74,7 @@ pub mod head_partition;
 mod local_attention;
 pub mod loss;
 pub mod mesh;
+pub mod model;
 pub mod optimizer;
 pub mod options;
 pub mod rotary;
@@ -104,6 +107,11 @@ pub use head_norm::normalize_heads;
 pub use head_partition::{HeadMap, HeadPartition};
 pub use loss::cross_entropy;
 pub use mesh::{Mesh, MeshShape};
+pub use model::{
+    AttentionCall, AttentionFunction, AttentionFunctions, Llama, LlamaConfig, ModelInput,
+    UlyssesFunction,
+    register::{Registration, register_in_group, register_with_model},
+};
 pub use options::{Options, SequenceLength};
 pub use rotary::{Rotary, rotate};
 pub use tiled::{

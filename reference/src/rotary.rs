@@ -37,12 +37,18 @@ pub struct Rotary {
 /// Refused when shapes or dtypes are not these, D is odd, the sections are not
 /// D/2 pairs in all, or the base is not a positive number.
 pub fn rotate(x: &Tensor, position_ids: &Tensor, rotary: &Rotary) -> Result<Tensor> {
-    let (half, kind) = (check(x, position_ids, rotary)?, x.f_kind()?);
+    let half = check(x, position_ids, rotary)?;
+    turn(x, &angles(position_ids, rotary, half)?)
+}
+
+/// `x` [B, S, H, D] with its channel pairs turned by `angles`, float64
+/// [B, S, 1, D/2].
+pub(crate) fn turn(x: &Tensor, angles: &Tensor) -> Result<Tensor> {
+    let (half, kind) = (angles.size().last().copied().unwrap_or(0), x.f_kind()?);
     let precise = match kind {
         Kind::Half | Kind::BFloat16 => Kind::Float,
         other => other,
     };
-    let angles = angles(position_ids, rotary, half)?;
     let to_factor = |factor: Tensor| factor.f_to_kind(precise)?.f_to_device(x.device());
     let (cos, sin) = (to_factor(angles.f_cos()?)?, to_factor(angles.f_sin()?)?);
 
@@ -55,14 +61,19 @@ pub fn rotate(x: &Tensor, position_ids: &Tensor, rotary: &Rotary) -> Result<Tens
     Ok(Tensor::f_cat(&rotated, 3)?.f_to_kind(kind)?)
 }
 
+/// The frequencies of `half` channel pairs, in radians per position.
+pub(crate) fn frequencies(base: f64, half: i64) -> Vec<f64> {
+    // By powers of two: an exact one then comes out exactly.
+    let octaves = base.log2();
+    (0..half)
+        .map(|pair| (-(octaves * pair as f64) / half as f64).exp2())
+        .collect()
+}
+
 /// The angle of each token and channel pair: float64 [B, S, 1, D/2].
 fn angles(position_ids: &Tensor, rotary: &Rotary, half: i64) -> Result<Tensor> {
-    // By powers of two: an exact one then comes out exactly.
-    let octaves = rotary.base.log2();
-    let frequencies: Vec<f64> = (0..half)
-        .map(|pair| (-(octaves * pair as f64) / half as f64).exp2())
-        .collect();
-    let frequencies = Tensor::f_from_slice(&frequencies)?.f_to_device(position_ids.device())?;
+    let frequencies = Tensor::f_from_slice(&frequencies(rotary.base, half))?
+        .f_to_device(position_ids.device())?;
     // [B, S, 1, 1], or [3, B, S, 1, 1].
     let positions = position_ids
         .f_to_kind(Kind::Double)?
