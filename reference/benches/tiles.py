@@ -4,9 +4,9 @@
 
 Each measurement is forward and backward once, in a process of its own with one thread: the peak of its resident
 memory above what was resident before, inputs and cotangent included, and its processor time, which does not count the
-time that other programs take. glibc is told to give every block from 1 MiB on back to the system when it is freed: its heap
-otherwise keeps gaps between the blocks of a tile, and the peak is then of its gaps too. A round measures all rivals one after another, in another order each time; a ratio is
-taken within a round, and the tables show medians.
+time that other programs take. glibc is told to give every block from 1 MiB on back to the system when it is freed: its
+heap otherwise keeps gaps between the blocks of a tile, and the peak is then of its gaps too. A round measures all rivals
+one after another, in another order each time; a ratio is taken within a round, and the tables show medians.
 
 `tiles/main.rs` measures the reference and the untiled function on the same libtorch; what DeepSpeed does instead is here.
 """
