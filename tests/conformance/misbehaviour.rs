@@ -155,7 +155,7 @@ fn a_crash_is_shown_with_what_the_rank_and_its_launcher_said() {
 #[case::silent(
     "silent_rank.py",
     "hang",
-    "no hello within 20 s: rank 0 (setup), rank 1"
+    "no hello within 60 s: rank 0 (setup), rank 1"
 )]
 fn a_rank_that_never_comes_is_named_and_not_waited_for_again(
     #[case] adapter: &str,
