@@ -199,6 +199,16 @@ fn coarse_numbers_are_told() {
 }
 
 #[test]
+fn one_wrong_number_among_many_is_not_taken_for_a_rounding() {
+    let name = "attention/p3-b2-s60-hq12-hkv6-d16-causal-bf16-peaked-seed5";
+    let case: Case = name.parse().unwrap();
+    let diagnosis = diagnosed(spoiled(&case, |answer| answer.out[0] += 1.0));
+    assert_eq!(diagnosis.mistake, None, "{diagnosis:?}");
+    let said = "out is wrong in head 0 alone";
+    assert!(diagnosis.sentence.contains(said), "{diagnosis:?}");
+}
+
+#[test]
 fn a_factor_that_nobody_knows_is_told_by_its_number() {
     let case: Case = SIZES[4].parse().unwrap();
     let diagnosis = diagnosed(spoiled(&case, |answer| {

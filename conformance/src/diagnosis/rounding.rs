@@ -9,7 +9,8 @@ use super::words::listed;
 use super::{Diagnosis, Mistake};
 use crate::oracle::AnswerTensor;
 
-/// How far off, relative to its size, a tensor is at most that is but rounded.
+/// How far off, relative to its size, a tensor is at most that is but rounded;
+/// and any of its numbers, relative to the largest.
 const ROUNDED: f64 = 0.03;
 
 /// Of the numbers that are not just right, those that lean towards zero where
@@ -60,7 +61,9 @@ pub(super) fn of_near(evidence: &Evidence<'_>) -> Option<Diagnosis> {
 
 /// The wrong tensors, if all of them are near the right ones.
 fn near<'e>(evidence: &'e Evidence<'_>) -> Option<Vec<&'e Measured<'e>>> {
-    let is_near = |tensor: &&Measured<'_>| relative_error(tensor) < ROUNDED;
+    let is_near = |tensor: &&Measured<'_>| {
+        relative_error(tensor) < ROUNDED && largest_error(tensor) < ROUNDED
+    };
     let wrong: Vec<&Measured<'_>> = evidence
         .tensors
         .iter()
@@ -89,6 +92,16 @@ fn relative_error(tensor: &Measured<'_>) -> f64 {
     }
     let error = rms(pairs().map(|(is, right)| is - right));
     error / rms(tensor.right.iter().copied()).max(f64::MIN_POSITIVE)
+}
+
+/// The largest error relative to the largest number that is right: of many
+/// numbers one alone that is wrong makes a small error, and is not rounded.
+fn largest_error(tensor: &Measured<'_>) -> f64 {
+    let largest =
+        |numbers: &mut dyn Iterator<Item = f64>| numbers.map(f64::abs).fold(0.0, f64::max);
+    let pairs = tensor.answer.iter().zip(tensor.right);
+    let error = largest(&mut pairs.map(|(is, right)| is - right));
+    error / largest(&mut tensor.right.iter().copied()).max(f64::MIN_POSITIVE)
 }
 
 /// Whether errors are those of a unit roundoff of 2^-9, more or less.
