@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FEATURES, WIDE, CLASSES = 512, 1792, 32768  # as in tiles/main.rs
 TILES = 16
-TOKENS = {"mlp": 98304, "loss": 12288}
+TOKENS = {"mlp": 98304, "loss": 16384}
 GOALS = {"mlp": 6, "loss": 8}
 RIVALS = ("untiled", "ulysses", "deepspeed")
 TIME_GOAL = 1.4

@@ -17,7 +17,7 @@ use crate::{
     tiled::Reduction,
 };
 use std::sync::Arc;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// What a rank may be refused for, here or in tiles.
 const ARGUMENTS: [&str; 6] = ["logits", "labels", "reduction", "hidden", "head", "tiles"];
@@ -59,7 +59,7 @@ pub fn cross_entropy(
     let own = check(logits)
         .and_then(|[batch, tokens, classes]| rule.facts(logits, labels, [batch, tokens], classes));
     let valid = rule.agree(&**communicator, own)?;
-    rule.over_ranks(communicator, valid, || rule.losses(logits, labels))
+    rule.over_ranks(communicator, valid, || rule.losses(logits, labels, false))
 }
 
 fn check(logits: &Tensor) -> Result<[i64; 3]> {
@@ -75,6 +75,9 @@ fn check(logits: &Tensor) -> Result<[i64; 3]> {
         ),
     }
 }
+
+/// How many numbers stay in a processor's cache.
+const CACHED: i64 = 1 << 17;
 
 /// Which tokens count, and how their losses become one.
 #[derive(Debug, Clone, Copy)]
@@ -195,24 +198,31 @@ impl Rule {
     }
 
     /// The losses of some tokens, [B, t], or their sum where they are reduced.
-    pub(crate) fn losses(self, logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    ///
+    /// `logits_are_spent` says that nobody reads the logits afterwards and that
+    /// there is one backward at most: their memory is then used for what comes
+    /// of them.
+    pub(crate) fn losses(
+        self,
+        logits: &Tensor,
+        labels: &Tensor,
+        logits_are_spent: bool,
+    ) -> Result<Tensor> {
         let size = logits.size();
         let [batch, tokens, classes] = size[..] else {
             return refuse("logits", format!("is {size:?}"), "give three dimensions");
         };
-        let reduction = match self.reduction {
-            Reduction::None => tch::Reduction::None,
-            _ => tch::Reduction::Sum,
+        let losses = TokenLosses {
+            rule: self,
+            labels: labels.f_reshape([batch * tokens])?,
+            kind: logits.f_kind()?,
+            logarithms: None,
+            logits_are_spent,
         };
-        let losses = logits
-            .f_log_softmax(-1, precise(logits.f_kind()?))?
-            .f_reshape([batch * tokens, classes])?
-            .f_nll_loss(
-                &labels.f_reshape([batch * tokens])?,
-                None::<&Tensor>,
-                reduction,
-                self.ignore_index,
-            )?;
+        let losses = apply(losses, &[&logits.f_reshape([batch * tokens, classes])?])?
+            .into_iter()
+            .next()
+            .ok_or_else(|| Error::Libtorch("losses of tokens gave no output".to_owned()))?;
         match self.reduction {
             Reduction::None => Ok(losses.f_view([batch, tokens])?),
             _ => Ok(losses),
@@ -241,6 +251,84 @@ impl Rule {
             .next()
             .ok_or_else(|| Error::Libtorch("a sum over ranks gave no output".to_owned()))
     }
+}
+
+/// The losses of tokens, or their sum, by logits [n, V].
+///
+/// libtorch's own steps make four tensors as large as the logits: logarithms of
+/// the softmax, and three in backward. Here these become softmax(z) - y, times
+/// the cotangent, in one other or, where logits are spent, in their own place.
+struct TokenLosses {
+    rule: Rule,
+    /// [n].
+    labels: Tensor,
+    /// The element type of the logits.
+    kind: Kind,
+    /// Of the softmax.
+    logarithms: Option<Tensor>,
+    logits_are_spent: bool,
+}
+
+impl Function for TokenLosses {
+    fn forward(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        let logarithms = match self.logits_are_spent && precise(self.kind) == self.kind {
+            true => log_softmax_in_place(&inputs[0])?,
+            false => inputs[0].f_log_softmax(-1, precise(self.kind))?,
+        };
+        let reduction = match self.rule.reduction {
+            Reduction::None => tch::Reduction::None,
+            _ => tch::Reduction::Sum,
+        };
+        let ignore_index = self.rule.ignore_index;
+        let losses =
+            logarithms.f_nll_loss(&self.labels, None::<&Tensor>, reduction, ignore_index)?;
+        self.logarithms = Some(logarithms);
+        Ok(vec![losses])
+    }
+
+    fn backward(&mut self, cotangents: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+        let kept = match self.logits_are_spent {
+            true => self.logarithms.take(),
+            false => self.logarithms.as_ref().map(Tensor::shallow_clone),
+        };
+        let Some(mut logarithms) = kept else {
+            return Err(Error::Libtorch(
+                "a loss ran back before forward, or twice".to_owned(),
+            ));
+        };
+        let mut gradient = match self.logits_are_spent {
+            true => logarithms.f_exp_()?,
+            false => logarithms.f_exp()?,
+        };
+        // What is ignored may be no class; its row becomes 0 below.
+        let last = logarithms.size()[1] - 1;
+        let of_label = self.labels.f_clamp(0, last)?.f_unsqueeze(1)?;
+        let one = Tensor::f_ones(of_label.size(), (gradient.f_kind()?, gradient.device()))?;
+        let _ = gradient.f_scatter_add_(1, &of_label, &one.f_neg()?)?;
+        let counts = self.labels.f_ne(self.rule.ignore_index)?.f_unsqueeze(1)?;
+        let cotangent = match self.rule.reduction {
+            Reduction::None => cotangents[0].f_unsqueeze(1)?,
+            _ => cotangents[0].shallow_clone(),
+        };
+        let _ = gradient.f_mul_(&counts.f_to_kind(cotangent.f_kind()?)?.f_mul(&cotangent)?)?;
+        Ok(vec![Some(gradient.f_to_kind(self.kind)?)])
+    }
+}
+
+/// The logarithms of the softmax of each row of `x` [n, V], where `x` was.
+fn log_softmax_in_place(x: &Tensor) -> Result<Tensor> {
+    let (rows, classes) = x.size2()?;
+    // On a CPU as many rows at a time as stay in a cache.
+    let step = match x.device() {
+        Device::Cpu => (CACHED / classes).max(1),
+        _ => rows.max(1),
+    };
+    for first in (0..rows).step_by(step as usize) {
+        let mut some = x.f_narrow(0, first, step.min(rows - first))?;
+        let logarithms = some.f_log_softmax(-1, x.f_kind()?)?;
+        some.f_copy_(&logarithms)?;
+    }
+    Ok(x.shallow_clone())
 }
 
 /// The sum of one scalar of each rank, divided; each rank has the derivative by

@@ -224,6 +224,75 @@ fn half_types_are_summed_in_float32(#[values(Kind::Half, Kind::BFloat16)] kind: 
     });
 }
 
+/// What is ignored may be a class, or lie beyond all of them.
+#[rstest]
+fn any_number_may_stand_for_no_label(
+    #[values(-1, 3, CLASSES, 1000)] ignored: i64,
+    #[values(Reduction::Mean, Reduction::None)] reduction: Reduction,
+) {
+    let shape = Shape {
+        batch: 2,
+        shards: vec![9],
+        ignored: vec![4],
+        kind: Kind::Double,
+    };
+    on_ranks(1, |communicator| {
+        let named = |places: &Tensor, number| {
+            let own = shape.whole();
+            let labels = own.labels.masked_fill(places, number);
+            Problem { labels, ..own }
+        };
+        let labels = shape.whole().labels;
+        let places = labels.eq(IGNORED).logical_or(&labels.eq(ignored));
+        let due = found(&named(&places, IGNORED), 0.5, |own| dense(own, reduction));
+        for tiles in [None, Some(2)] {
+            let got = found(&named(&places, ignored), 0.5, |own| {
+                let (hidden, head, labels) = (&own.hidden, &own.head, &own.labels);
+                let loss = match tiles {
+                    None => {
+                        let logits = logits(hidden, head);
+                        cross_entropy(&communicator, &logits, labels, ignored, reduction)
+                    }
+                    Some(tiles) => tiled_logits_loss(
+                        &communicator,
+                        hidden,
+                        head,
+                        labels,
+                        ignored,
+                        reduction,
+                        tiles,
+                    ),
+                };
+                loss.unwrap()
+            });
+            got.iter().zip(&due).for_each(|(got, due)| near(got, due));
+        }
+    });
+}
+
+#[rstest]
+fn a_graph_that_is_retained_runs_back_again(#[values(None, Some(3))] tiles: Option<usize>) {
+    let shape = Shape {
+        batch: 1,
+        shards: vec![7],
+        ignored: vec![2],
+        kind: Kind::Double,
+    };
+    on_ranks(1, |communicator| {
+        let own = shape.whole();
+        let own = Problem {
+            hidden: leaf(&own.hidden),
+            head: leaf(&own.head),
+            ..own
+        };
+        let loss = of_rank(&communicator, &own, Reduction::Mean, tiles).unwrap();
+        let back = |keep| Tensor::run_backward(&[&loss], &[&own.hidden, &own.head], keep, false);
+        let (first, second) = (back(true), back(false));
+        assert!(first[0].abs().max().double_value(&[]) > 0.0);
+        assert_eq!(first, second);
+    });
+}
+
 /// What all three ranks are told when rank 1 has spoiled its own.
 fn refusal(
     tiles: Option<usize>,

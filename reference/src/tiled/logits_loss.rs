@@ -40,7 +40,8 @@ pub fn tiled_logits_loss(
             return refuse("parameters", "is not one weight", "give the head");
         };
         let logits = tile.tensor("hidden")?.f_linear(head, None::<&Tensor>)?;
-        rule.losses(&logits, tile.tensor("labels")?)
+        // A tile's logits are its own, and computed anew for each backward.
+        rule.losses(&logits, tile.tensor("labels")?, true)
     };
     rule.over_ranks(communicator, valid, || {
         sequence_tiled_compute(
