@@ -1,5 +1,6 @@
-"""Starts DeepSpeed on a CPU with gloo, for the two adapters of its attention classes. Import it before deepspeed."""
+"""Starts DeepSpeed on a CPU with gloo, for its adapters. Import it before deepspeed."""
 
+import functools
 import importlib
 import os
 
@@ -31,3 +32,32 @@ def setup(rank: ulysses_kit.Rank) -> torch.distributed.ProcessGroup:
     parallel_state_sp.initialize_sequence_parallel(rank.world)
     groups.mpu = parallel_state_sp  # what deepspeed.initialize(mpu=...) does; the uneven split asks it for the rank
     return parallel_state_sp.get_sequence_parallel_group()
+
+
+def count_as_zero_does(tiled: ulysses_kit.Tiled) -> ulysses_kit.Tiled:
+    """`tiled`, of which only those announcements of a gradient are counted that ZeRO heeds.
+
+    DeepSpeed's tiled functions run backward of each tile by itself, and announce a weight's gradient every time. To
+    ZeRO they say by `ds_grad_is_ready` which time is the last (stages 1 and 2: stage_1_and_2.py, line 1431; stage 3:
+    stage3.py, line 1588). DistributedDataParallel and FSDP do not ask.
+    """
+
+    @functools.wraps(tiled)
+    def counted(hidden: torch.Tensor, case: ulysses_kit.TiledCase) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        if not case.signals:
+            return tiled(hidden, case)
+        signals = dict.fromkeys(case.signals, 0)
+
+        def count(name: str, weight: torch.Tensor) -> None:
+            signals[name] += getattr(weight, "ds_grad_is_ready", True)
+
+        for name in signals:  # before it computes: TiledFusedLogitsLoss runs backward in its forward
+            case.weights[name].register_post_accumulate_grad_hook(functools.partial(count, name))
+        out = tiled(hidden, case)
+        if not out.requires_grad:
+            return out  # of which the kit says that it has no graph
+        out.backward(case.dout)
+        inputs = {"hidden": hidden, **case.weights}
+        return out, *(inputs[name].grad for name in case.gradients), torch.tensor(list(signals.values()))
+
+    return counted

@@ -18,6 +18,9 @@ but leave threads, CUDA and process groups to `setup`. Under torchrun, mpirun or
 launcher says. What `attention` raises is the answer to that case (`Unsupported` for what it refuses), and the
 rank stays alive. Standard output and error go to the session's logs, with Python's stack after a crash or SIGTERM.
 
+Attention is one profile of cases. `loss`, `tiled`, `batch`, `mesh` and `model` are others, each with a function of
+its own; `serve` takes those that you have.
+
 Not here, on purpose: comparing (the judge does), casting, padding, or any collective.
 """
 
@@ -67,27 +70,27 @@ LIMITS = (  # come with the data: one case steps over each that is not claimed, 
     "strided-inputs",  # q, k, v that are views, also with stride 0
     "recompute",  # activation checkpointing around attention
 )
-REQUESTS = (  # are asked for by an argument: what is not claimed is not asked
-    "cross-attention",
-    "sharding-zigzag",
-    "sharding-striped",
-    "eval-bypass",
-    "sliding-window",
-    "documents-by-ends",
-    "key-padding",
-    "block-sparse",
-    "alibi",
-    "sinks",
-    "qk-norm",
-    "rotary",
-    "mrope",
-    "softcap",
-    "scale",
-    "dropout",
-    "fixed-length",
-    "skip-all-but-last",
-)
-FEATURES = (*LIMITS, *REQUESTS)
+# What is asked for by an argument, of the function that answers it: what is not claimed is not asked.
+SHARDINGS = ("sharding-zigzag", "sharding-striped")  # of attention and of batch
+REQUESTS = {
+    "attention": (
+        *("cross-attention", "eval-bypass", "sliding-window", "documents-by-ends", "key-padding", "block-sparse"),
+        *("alibi", "sinks", "qk-norm", "rotary", "mrope", "softcap", "scale", "dropout", "fixed-length"),
+        "skip-all-but-last",
+    ),
+    "loss": ("loss", "loss-of-hidden"),  # of logits; of hidden states and a head
+    "tiled": (
+        *("tiled-mlp", "tiled-affine", "tiled-mean", "tiled-sum", "tiled-none", "tiled-mean-of-tiles"),
+        *("tiled-passed", "gradient-signals"),
+    ),
+    "batch": (
+        *("batch-shards", "batch-stream", "batch-ragged-stream", "batch-padding", "batch-document-ends"),
+        *("batch-targets-within-documents", "batch-targets-across-documents"),
+    ),
+    "mesh": ("mesh", "mesh-replicate", "mesh-mpu", "mesh-sums"),
+    "model": ("model", "model-replicas"),
+}
+FEATURES = (*LIMITS, *SHARDINGS, *(feature for asked in REQUESTS.values() for feature in asked))
 # The variables in which launchers say rank, world size and rank on this host. Slurm's size is that of the step:
 # a batch script has SLURM_PROCID as well, and it is no rank.
 LAUNCHERS = (
@@ -159,18 +162,24 @@ class Rank:
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """What `attention` is told beside q [B,s,Hq,D], k [B,s,Hkv,D] and v [B,s,Hkv,value_size].
-
-    The fields behind `documents` say what is asked for by REQUESTS. Who claims none of them can skip them: they are
-    None or False, sharding is "contiguous", and `training` is True.
-    """
+class _Posed:
+    """What every case has."""
 
     name: str
     number: int
     profile: str
     rank: int
     world: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(_Posed):
+    """What `attention` is told beside q [B,s,Hq,D], k [B,s,Hkv,D] and v [B,s,Hkv,value_size].
+
+    The fields behind `documents` say what is asked for by a claim. Who claims none of them can skip them: they are
+    None or False, sharding is "contiguous", and `training` is True.
+    """
+
     batch: int
     sequence: int  # of all ranks together
     shard_lengths: list[int]  # of every rank; contiguous tokens in rank order, if `sharding` says nothing else
@@ -213,22 +222,150 @@ class Case:
         return self.mask == "causal"
 
 
+@dataclasses.dataclass(frozen=True)
+class LossCase(_Posed):
+    """What `loss` is told beside the states, logits [B,s,vocabulary] or hidden [B,s,hidden_size], and labels [B,s]."""
+
+    batch: int
+    sequence: int  # of all ranks together
+    shard_lengths: list[int]  # of every rank; contiguous tokens in rank order
+    vocabulary: int
+    hidden_size: int | None  # the states are hidden, and there is a head
+    dtype: str  # of states, head and their gradients: "f64", "f32", "bf16" or "f16"
+    ignore_index: int  # the label of a token that has no part in the loss
+    dloss: Tensor  # a scalar, the cotangent of the loss, and like it: float32 for half types
+    head: Tensor | None = None  # [vocabulary,hidden_size], a leaf, whole on every rank: logits are hidden @ head.T
+
+
+@dataclasses.dataclass(frozen=True)
+class TiledCase(_Posed):
+    """What `tiled` is told beside hidden [B,s,hidden_size], the rank's own tokens, of which it computes `function`.
+
+    With x = hidden, or hidden * scale where there is a scale: "mlp" is (silu(x @ gate.T) * (x @ up.T)) @ down.T,
+    "affine" is x @ weight.T, "nll" the cross-entropy of the logits x @ head.T with labels.
+    """
+
+    batch: int
+    sequence: int  # of all ranks together
+    shard_lengths: list[int]  # of every rank; each computes alone
+    function: str  # "mlp", "affine" or "nll"
+    hidden_size: int
+    width: int  # inside of mlp, of the output of affine, or classes
+    tiles: int  # each has ceil(s / tiles) tokens, but for the last, which has the rest; 0 is to be refused
+    dtype: str  # of hidden, weights and gradients; losses are float32 for half types
+    reduction: str | None  # of nll: "mean" over the rank's tokens that count, "sum", "none" [B,s], "mean-of-tiles"
+    ignore_index: int  # the label of a token that does not count
+    gradients: list[str]  # which inputs have one; the others are frozen
+    signals: list[str]  # the weights of which it is counted how often backward announces their gradient
+    weights: dict[str, torch.nn.Parameter]  # whole: gate, up [width,hidden_size], down, weight, head; of the function
+    dout: Tensor  # the output's cotangent, and like it
+    scale: Tensor | None = None  # [hidden_size], a leaf that every tile sees whole
+    labels: Tensor | None = None  # int64 [B,s], of nll
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchCase(_Posed):
+    """What `batch` is told beside the batches: each has input_ids and labels, int64 [batch,tokens], and more.
+
+    Position ids that are not given count from 0 in each row; with document ends, in each document.
+    """
+
+    batch: int  # rows of a batch
+    sequence: int | None  # tokens of a row before it is filled up; None: each batch of the stream has its own
+    shard_lengths: list[int] | None  # of every rank, once rows are filled up
+    sharding: str  # "contiguous", "zigzag" or "striped", as for attention
+    documents: str | None  # a batch has "positions", position_ids that restart, or "ends", document_ends [batch,n]
+    targets_across_documents: bool  # whether the last token of a document has the next one's first label as target
+    attention_mask: bool  # a batch has attention_mask
+    padding: dict | None  # "multiple" that rows are filled up to, "pad_id"; positions go on, targets are ignored
+    ignore_index: int  # the target of a token that has none
+    stream: dict | None  # this rank brings its own "batches", so many in each of the "epochs"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshCase(_Posed):
+    """What `mesh` is told. Rank (i * dp_shard + j) * sp + k has the coordinates i, j, k."""
+
+    dp_replicate: int
+    dp_shard: int
+    sp: int  # a product other than the world is to be refused
+    mpu: bool  # mpu [6] is asked
+    sums: bool  # the sum over each group is asked
+    value: Tensor | None = None  # int64 [1], what is summed
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCase(_Posed):
+    """What `model` is told beside the weights, which are whole on every rank, by Hugging Face's names."""
+
+    config: dict  # the content of config.json
+    data_parallel: int  # replicas, each with sequences of its own
+    sequence_parallel: int  # the ranks that share a sequence; those of a replica stand side by side
+    batch: int  # of each replica
+    sequence: int  # of all ranks of a replica together
+    shard_lengths: list[int]  # of every rank of a replica
+    documents: str | None  # "positions": documents are packed, and position ids restart
+    checkpointing: bool  # each layer keeps its input alone, and runs again in backward
+    dtype: str  # of weights, logits and gradients
+    ignore_index: int  # the label of a token that has no part in the loss
+    input_ids: Tensor  # int64 [B,s], as the next two
+    position_ids: Tensor
+    labels: Tensor  # shifted
+    dloss: Tensor  # a scalar, the cotangent of the loss, and like it: float32 for half types
+
+
 # returns out [B,s,Hq,value_size], or (out, dq, dk, dv) when it runs its own backward; behind those stand the gradients
 # of slopes, sinks, q_norm, k_norm, of those that the case has
 Attention = Callable[[Tensor, Tensor, Tensor, Case], Tensor | tuple[Tensor, ...]]
+# returns the one loss of all ranks' tokens, of which the kit takes this rank's gradients; or (loss, dstates), with a
+# head (loss, dstates, dhead)
+Loss = Callable[[Tensor, Tensor, LossCase], Tensor | tuple[Tensor, ...]]
+# returns out; or out and the gradients of `case.gradients`, in that order, and, where `case.signals` names some,
+# int64 [len(case.signals)], how often each was announced
+Tiled = Callable[[Tensor, TiledCase], Tensor | tuple[Tensor, ...]]
+# returns this rank's shard of the one batch; of a stream, for each epoch the shards that this rank is served
+Batch = Callable[[list[dict[str, Tensor]], BatchCase], dict[str, Tensor] | list[list[dict[str, Tensor]]]]
+# returns coordinates, the ranks of each group, and what is asked beside them, by name
+Mesh = Callable[[MeshCase], dict[str, Tensor | Sequence[int]]]
+# returns the one loss of all tokens of all replicas, and the logits of this rank's tokens; or both and this rank's
+# part of the gradient of every weight, in the order of `weights`
+Model = Callable[[dict[str, torch.nn.Parameter], ModelCase], tuple[Tensor, ...]]
 Setup = Callable[[Rank], Any]
 
 
-def serve(*, implementation: str, version: str, features: Sequence[str], setup: Setup, attention: Attention,
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    """A case of any profile, read."""
+
+    profile: str
+    ask: Callable[[], Any]  # calls the implementation's function
+    outputs: tuple[str, ...] = ()  # what it computes, first what has the cotangent; () where it names its answers
+    cotangent: Tensor | None = None
+    leaves: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # those whose gradients are asked, by name
+    recompute: bool = False
+    signals: dict[str, int] = dataclasses.field(default_factory=dict)  # how often each leaf's gradient was announced
+
+
+def serve(*, implementation: str, version: str, features: Sequence[str], setup: Setup,
+          attention: Attention | None = None, loss: Loss | None = None, tiled: Tiled | None = None,
+          batch: Batch | None = None, mesh: Mesh | None = None, model: Model | None = None,
           libraries: Sequence[str] = (), precision: str = "fused", upstream: str = "share",
           parameters: str = "sum") -> None:  # fmt: skip
     """Answers every case of the session as the ranks that are to run here, then exits the process.
 
+    Each of `attention`, `loss`, `tiled`, `batch`, `mesh` and `model` answers the profile of its name.
     `features` are what it claims of FEATURES, `libraries` installed distributions whose versions the report names,
     `precision`, `upstream` and `parameters` which of DECLARED it wants to be judged by.
     """
+    functions = dict(attention=attention, loss=loss, tiled=tiled, batch=batch, mesh=mesh, model=model)
+    functions = {profile: function for profile, function in functions.items() if function is not None}
     if unknown := sorted(set(features) - set(FEATURES)):
         raise ValueError(f"unknown features {unknown}; this kit knows {list(FEATURES)}")
+    for profile in REQUESTS.keys() - functions.keys():
+        if claimed := sorted(set(features) & set(REQUESTS[profile])):
+            raise ValueError(f"the features {claimed} are claimed, and there is no function `{profile}` to answer them")
+    if not functions:
+        raise ValueError(f"there is no function to answer a case with; serve takes {', '.join(REQUESTS)}")
     declared = {"precision": precision, "upstream": upstream, "parameters": parameters}
     for what, said in declared.items():
         if said not in DECLARED[what]:
@@ -242,7 +379,7 @@ def serve(*, implementation: str, version: str, features: Sequence[str], setup: 
     hello["declared"] = declared
 
     _watch_collectives()
-    run = functools.partial(_run_rank, folder, session, hello, setup, attention)
+    run = functools.partial(_run_rank, folder, session, hello, setup, functions)
     for rank_key, world_key, local_key in LAUNCHERS:
         if rank_key in os.environ and world_key in os.environ:
             rank, world = int(os.environ[rank_key]), int(os.environ[world_key])
@@ -294,7 +431,7 @@ def _fork_ranks(folder: Path, session: dict, run: Callable[[int, int, int], int]
     return int(bool(failures))
 
 
-def _run_rank(folder: Path, session: dict, hello: dict, setup: Setup, attention: Attention,
+def _run_rank(folder: Path, session: dict, hello: dict, setup: Setup, functions: dict[str, Callable],
               rank: int, local_rank: int, parent: int | None) -> int:  # fmt: skip
     """One rank, from the redirect of its streams to the end of the session; returns its exit status."""
     for number, stream, name in ((1, sys.stdout, "stdout"), (2, sys.stderr, "stderr")):
@@ -319,7 +456,7 @@ def _run_rank(folder: Path, session: dict, hello: dict, setup: Setup, attention:
         path = folder / "cases" / str(number) / f"rank-{rank}.safetensors"
         if path.exists():
             me.case = number
-            answer = _answer(me, attention, path)
+            answer = _answer(me, functions, path)
             (folder / "results" / str(number)).mkdir(exist_ok=True)
             _write(folder / "results" / str(number) / path.name, answer)
             me.progress("answered")
@@ -331,11 +468,11 @@ def _run_rank(folder: Path, session: dict, hello: dict, setup: Setup, attention:
             pause = min(pause * 1.05, 0.005)
 
 
-def _answer(rank: Rank, attention: Attention, path: Path) -> bytes:
-    """The answer file of one case, whatever happens in `attention`."""
+def _answer(rank: Rank, functions: dict[str, Callable], path: Path) -> bytes:
+    """The answer file of one case, whatever happens in the function of its profile."""
     answer = {"status": "ok", "message": "", "elapsed_s": 0.0, "peak_memory_bytes": None, "bytes_sent": None}
     try:
-        tensors = _outputs_and_gradients(rank, attention, path, answer)
+        tensors = _outputs_and_gradients(rank, functions, path, answer)
         return safetensors.torch.save(tensors, {"answer": json.dumps(answer)})
     except Unsupported as refusal:
         answer.update(status="unsupported", message=str(refusal) or "refused, without a reason")
@@ -347,45 +484,129 @@ def _answer(rank: Rank, attention: Attention, path: Path) -> bytes:
     return safetensors.torch.save({}, {"answer": json.dumps(answer)})
 
 
-def _outputs_and_gradients(rank: Rank, attention: Attention, path: Path, answer: dict) -> dict[str, Tensor]:
-    case, leaves = _read_case(rank, path)
-    names = ("out", *(f"d{name}" for name in leaves))
-    if case.recompute:  # saves inputs alone; backward runs `attention` a second time, its collectives with it
-        attention = functools.partial(checkpoint, attention, use_reentrant=False)
+def _outputs_and_gradients(
+    rank: Rank, functions: dict[str, Callable], path: Path, answer: dict
+) -> dict[str, Tensor]:
+    question = _read_case(rank, functions, path)
     if rank.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(rank.device)
     rank.progress("forward")
     started = time.perf_counter()
-    answered = attention(leaves["q"], leaves["k"], leaves["v"], case)
-    answered = answered if isinstance(answered, tuple) else (answered,)
-    if len(answered) not in (1, len(names)) or not all(isinstance(tensor, Tensor) for tensor in answered):
-        kinds = [type(tensor).__name__ for tensor in answered]
-        raise TypeError(f"attention returned {kinds}; wanted a tensor out, or tensors ({', '.join(names)})")
-    if len(answered) == 1:
-        rank.progress("backward")
-        answered += _gradients(answered[0], leaves, case.dout)
-    elif case.recompute:
-        raise Unsupported("recompute: forward runs again in autograd's backward; gradients of its own do without it")
+    answered = question.ask()
+    if question.outputs:
+        answered = _with_gradients(rank, question, answered if isinstance(answered, tuple) else (answered,))
     if rank.device.type == "cuda":
         torch.cuda.synchronize(rank.device)
         answer["peak_memory_bytes"] = torch.cuda.max_memory_allocated(rank.device)
     answer["elapsed_s"] = time.perf_counter() - started
     rank.progress("answer")
     # own, contiguous memory, as the format wants it; neither shape nor dtype changes
-    copies = (tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for tensor in answered)
-    return dict(zip(names, copies))
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in answered.items()
+    }
 
 
-def _read_case(rank: Rank, path: Path) -> tuple[Case, dict[str, Tensor]]:
-    """The case, and by name the leaves whose gradients are asked: q, k, v, and the head state that it has."""
+def _with_gradients(rank: Rank, question: _Question, answered: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """By its name whatever is due of a function that has a gradient, if it brings the gradients itself or not."""
+    outputs = question.outputs
+    names = (*outputs, *(f"d{name}" for name in question.leaves), *(("gradient_signals",) if question.signals else ()))
+    if len(answered) not in (len(outputs), len(names)) or not all(isinstance(tensor, Tensor) for tensor in answered):
+        kinds = [type(tensor).__name__ for tensor in answered]
+        wanted = f"a tensor {outputs[0]}" if len(outputs) == 1 else f"tensors ({', '.join(outputs)})"
+        raise TypeError(f"{question.profile} returned {kinds}; wanted {wanted}, or tensors ({', '.join(names)})")
+    if len(answered) == len(outputs):
+        rank.progress("backward")
+        answered += _gradients(answered[0], question)
+        if question.signals:
+            answered += (torch.tensor(list(question.signals.values())),)
+    elif question.recompute:
+        raise Unsupported("recompute: forward runs again in autograd's backward; gradients of its own do without it")
+    return dict(zip(names, answered))
+
+
+def _read_case(rank: Rank, functions: dict[str, Callable], path: Path) -> _Question:
     with safetensors.safe_open(path, framework="pt") as file:
         told = json.loads(file.metadata()["case"])
         given = {name: file.get_tensor(name).to(rank.device, copy=True) for name in file.keys()}
-    if told["profile"] != "attention":
-        raise Unsupported(f"this kit knows the profile attention, not {told['profile']}")
+    function = functions.get(told["profile"])
+    if function is None:
+        raise Unsupported(f"this adapter answers the profile {' and '.join(functions)}, not {told['profile']}")
+    readers = {"attention": _of_attention, "loss": _of_loss, "tiled": _of_tiled, "batch": _of_batch, "mesh": _of_mesh}
+    return {**readers, "model": _of_model}[told["profile"]](function, told, given)
+
+
+def _of_attention(attention: Attention, told: dict, given: dict[str, Tensor]) -> _Question:
     leaves = _lay_out(*(given.pop(name) for name in ("q", "k", "v")), told["strides"])
     state = {name: given.pop(name).requires_grad_() for name in HEAD_STATE if name in given}
-    return Case(**told | dict.fromkeys(OPTIONAL_TENSORS) | given | state), leaves | state
+    case = Case(**told | dict.fromkeys(OPTIONAL_TENSORS) | given | state)
+    if case.recompute:  # saves inputs alone; backward runs `attention` a second time, its collectives with it
+        attention = functools.partial(checkpoint, attention, use_reentrant=False)
+    ask = functools.partial(attention, *leaves.values(), case)
+    return _Question("attention", ask, ("out",), case.dout, leaves | state, case.recompute)
+
+
+def _of_loss(loss: Loss, told: dict, given: dict[str, Tensor]) -> _Question:
+    labels = given.pop("labels")
+    leaves = {name: given.pop(name).requires_grad_() for name in ("logits", "hidden", "head") if name in given}
+    states = leaves["hidden" if "hidden" in leaves else "logits"]
+    case = LossCase(**told | given, head=leaves.get("head"))
+    return _Question("loss", functools.partial(loss, states, labels, case), ("loss",), case.dloss, leaves)
+
+
+def _of_tiled(tiled: Tiled, told: dict, given: dict[str, Tensor]) -> _Question:
+    hidden, scale = given.pop("hidden"), given.pop("scale", None)
+    weights = {name: torch.nn.Parameter(given.pop(name)) for name in list(given) if name not in ("labels", "dout")}
+    inputs = {"hidden": hidden, "scale": scale, **weights}
+    for name, tensor in inputs.items():
+        if tensor is not None:
+            tensor.requires_grad_(name in told["gradients"])
+    case = TiledCase(**told | given, weights=weights, scale=scale)
+    signals = dict.fromkeys(case.signals, 0)
+
+    def count(name: str, _: Tensor) -> None:
+        signals[name] += 1
+
+    for name in signals:  # before it computes: some run backward in their forward
+        weights[name].register_post_accumulate_grad_hook(functools.partial(count, name))
+    leaves = {name: inputs[name] for name in case.gradients}
+    ask = functools.partial(tiled, hidden, case)
+    return _Question("tiled", ask, ("out",), case.dout, leaves, signals=signals)
+
+
+def _of_batch(batch: Batch, told: dict, given: dict[str, Tensor]) -> _Question:
+    case = BatchCase(**told)
+    batches = [{} for _ in range(1 if case.stream is None else case.stream["batches"])]
+    for name, tensor in given.items():  # of a stream: input_ids.0 and so on
+        entry, _, number = name.partition(".")
+        batches[int(number or 0)][entry] = tensor
+
+    def ask() -> dict[str, Tensor]:
+        answered = batch(batches, case)
+        if case.stream is None:
+            return _named("batch", answered)
+        shards = [_named("batch", shard) for epoch in answered for shard in epoch]
+        named = {f"{entry}.{k}": tensor for k, shard in enumerate(shards) for entry, tensor in shard.items()}
+        return named | {"served": torch.tensor([len(epoch) for epoch in answered])}
+
+    return _Question("batch", ask)
+
+
+def _of_mesh(mesh: Mesh, told: dict, given: dict[str, Tensor]) -> _Question:
+    case = MeshCase(**told | given)
+    return _Question("mesh", lambda: _named("mesh", mesh(case)))
+
+
+def _named(profile: str, answered: dict[str, Tensor | Sequence[int]]) -> dict[str, Tensor]:
+    if not isinstance(answered, dict):
+        raise TypeError(f"{profile} answered with a {type(answered).__name__}; wanted a dict of tensors by name")
+    return {name: torch.as_tensor(numbers) for name, numbers in answered.items()}
+
+
+def _of_model(model: Model, told: dict, given: dict[str, Tensor]) -> _Question:
+    beside = {name: given.pop(name) for name in ("input_ids", "position_ids", "labels", "dloss")}
+    weights = {name: torch.nn.Parameter(weight) for name, weight in given.items()}
+    case = ModelCase(**told | beside)
+    return _Question("model", functools.partial(model, weights, case), ("loss", "logits"), case.dloss, weights)
 
 
 def _lay_out(q: Tensor, k: Tensor, v: Tensor, strides: str) -> dict[str, Tensor]:
@@ -403,17 +624,20 @@ def _lay_out(q: Tensor, k: Tensor, v: Tensor, strides: str) -> dict[str, Tensor]
     return {name: x.detach().requires_grad_() for name, x in zip(("q", "k", "v"), tensors)}
 
 
-def _gradients(out: Tensor, leaves: dict[str, Tensor], dout: Tensor) -> tuple[Tensor, ...]:
+def _gradients(out: Tensor, question: _Question) -> tuple[Tensor, ...]:
+    name, leaves, dout = question.outputs[0], question.leaves, question.cotangent
     if out.shape != dout.shape or out.dtype != dout.dtype:  # autograd would cast dout without a word
-        raise ValueError(f"out is {out.dtype} {list(out.shape)}; it must be like dout, {dout.dtype} {list(dout.shape)}")
+        due = f"{dout.dtype} {list(dout.shape)}"
+        raise ValueError(f"{name} is {out.dtype} {list(out.shape)}; it must be like d{name}, {due}")
     if not out.requires_grad:
-        names = [f"d{name}" for name in leaves]
-        raise RuntimeError(f"out has no graph: autograd reaches no input from it. Or return (out, {', '.join(names)})")
+        names = ", ".join((name, *(f"d{leaf}" for leaf in leaves)))
+        raise RuntimeError(f"{name} has no graph: autograd reaches no input from it. Or return ({names})")
+    torch.autograd.backward(out, dout)  # into .grad, where a backward of one's own may leave a part of it
+    gradients = {leaf: tensor.grad for leaf, tensor in leaves.items()}
     # A rank that has no use for some heads still slices them off: a slice has a gradient, zeros. So None is an error.
-    gradients = torch.autograd.grad(out, tuple(leaves.values()), dout, allow_unused=True)
-    if missing := [f"d{name}" for name, gradient in zip(leaves, gradients) if gradient is None]:
-        raise RuntimeError(f"no gradient {', '.join(missing)}: out does not depend on that input through autograd")
-    return gradients
+    if missing := [f"d{leaf}" for leaf, gradient in gradients.items() if gradient is None]:
+        raise RuntimeError(f"no gradient {', '.join(missing)}: {name} does not depend on that input through autograd")
+    return tuple(gradients.values())
 
 
 _here: Rank | None = None  # the rank that this process is

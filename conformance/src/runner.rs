@@ -5,10 +5,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use fixtures::exchange::Declared;
-use fixtures::{Case, Feature, Inputs};
+use fixtures::{Case, Feature};
 
 use crate::implementation::{Failure, Implementation, Interrupt, Log, RankAnswer};
-use crate::judge::{self, Cause, Due, Judgement, Verdict};
+use crate::judge::{self, Cause, Due, Judgement, Question, Verdict};
 use crate::known::KnownFailures;
 
 /// Something that happened in a run.
@@ -47,9 +47,7 @@ pub struct Evidence<'a> {
 #[derive(Debug)]
 pub struct Asked {
     /// The question.
-    pub question: Case,
-    /// Its inputs, over the whole sequence.
-    pub inputs: Inputs,
+    pub question: Question,
     /// The answers of all ranks; none where not every rank answered.
     pub answers: Vec<RankAnswer>,
 }
@@ -125,7 +123,7 @@ pub fn run(
         }
         sink(Event::Asking(case));
         let start = Instant::now();
-        let claims = implementation.claims(case.world);
+        let claims = implementation.claims(case.world());
         summary.starting += start.elapsed();
         let told = match claims {
             Ok(claims) => match due(case, &claims.features, &mut stepped_over) {
@@ -144,7 +142,7 @@ pub fn run(
             sink(Event::WentWrong(&Evidence {
                 record: &record,
                 asked: &asked,
-                logs: &implementation.logs(case.world),
+                logs: &implementation.logs(case.world()),
             }));
         }
         sink(Event::Judged(&record));
@@ -167,10 +165,9 @@ pub(crate) fn due(
         .features()
         .into_iter()
         .filter(|feature| !claims.contains(feature.name()));
-    let extras = &case.extras;
-    let may_step_over = extras.defect.is_none() && extras.state.is_none();
+    let may_step_over = case.defect().is_none() && case.state().is_none();
     match (unclaimed.next(), unclaimed.next()) {
-        (None, _) => Ok(match extras.defect {
+        (None, _) => Ok(match case.defect() {
             Some(defect) => Due::Refusal(Cause::BadInput(defect)),
             None => Due::Answer,
         }),
@@ -201,7 +198,7 @@ pub(crate) fn ask(
             break;
         }
         if !matches!(judgement.verdict, Verdict::Exact | Verdict::Pass) {
-            let judgement = match case.extras.state {
+            let judgement = match case.state() {
                 Some(state) => judge::of_state(state, i + 1, judgement),
                 None => judgement,
             };
@@ -214,6 +211,7 @@ pub(crate) fn ask(
         };
         if i + 1 == questions.len()
             && let [first, .., last] = asked.as_slice()
+            && let Some((question, _)) = last.question.attention()
             && let Some(judgement) = judge::repeated(question, &first.answers, &last.answers)
         {
             record.judgement = judgement;
@@ -231,18 +229,15 @@ fn ask_one(
     costs: &mut Record,
 ) -> Option<(Judgement, Asked)> {
     let mut asked = Asked {
-        question: question.clone(),
-        inputs: judge::inputs_for(question, costs.declared),
+        question: Question::of(question, costs.declared),
         answers: Vec::new(),
     };
     let start = Instant::now();
-    match implementation.ask(question, &asked.inputs) {
+    match implementation.ask(asked.question.posed()) {
         Ok(answers) => asked.answers = answers,
         Err(failure) => return Some((judge::without_answer(failure)?, asked)),
     };
-    let Asked {
-        inputs, answers, ..
-    } = &asked;
+    let Asked { question, answers } = &asked;
     let duration = start.elapsed();
     let computed = answers
         .iter()
@@ -250,7 +245,7 @@ fn ask_one(
         .map(|(info, _)| info.elapsed_s)
         .fold(0.0, f64::max);
     // An error inside the judge is never a pass and never a failure.
-    let judge = AssertUnwindSafe(|| judge::judge(question, inputs, costs.declared, due, answers));
+    let judge = AssertUnwindSafe(|| judge::judge(question, costs.declared, due, answers));
     let judgement = catch_unwind(judge).unwrap_or_else(|_| {
         Judgement::new(
             Verdict::Unclear,

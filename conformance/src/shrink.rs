@@ -9,8 +9,13 @@
 use std::collections::{BTreeSet, HashSet};
 use std::time::{Duration, Instant};
 
+use fixtures::batch::Stream;
 use fixtures::extras::{Extras, Sharding, Strides};
-use fixtures::{Case, Content, Documents, Dtype, Mask};
+use fixtures::loss::Ignored;
+use fixtures::{
+    AttentionCase, BatchCase, Case, Content, Documents, Dtype, LossCase, Mask, MeshCase, ModelCase,
+    TiledCase, tiled,
+};
 
 use crate::diagnosis::Mistake;
 use crate::implementation::{Implementation, Interrupt};
@@ -105,8 +110,9 @@ pub fn smallest(
     let mut best = record.case.clone();
     loop {
         let before = best.clone();
-        for smaller in DIMENSIONS {
-            while let Some(case) = smaller(&best).into_iter().find(|case| search.fails(case)) {
+        for dimension in 0..dimensions(&best) {
+            let smaller = |best: &Case| smaller(dimension, best).into_iter();
+            while let Some(case) = smaller(&best).find(|case| search.fails(case)) {
                 best = case;
             }
         }
@@ -121,7 +127,7 @@ pub fn smallest(
 
 /// What is due from it, where it can be started and is asked this case.
 fn due(implementation: &mut dyn Implementation, case: &Case) -> Option<Due> {
-    let claims = implementation.claims(case.world).ok()?;
+    let claims = implementation.claims(case.world()).ok()?;
     runner::due(case, &claims.features, &mut BTreeSet::new()).ok()
 }
 
@@ -152,7 +158,7 @@ impl Search<'_> {
     /// How the case is judged; none where something else is due than of the
     /// case that is searched from.
     fn judgement(&mut self, case: &Case) -> Option<Judgement> {
-        let claims = match self.implementation.claims(case.world) {
+        let claims = match self.implementation.claims(case.world()) {
             Ok(claims) => claims,
             Err(failure) => return judge::without_answer(failure),
         };
@@ -169,8 +175,183 @@ impl Search<'_> {
     }
 }
 
+/// In how many ways a case may be smaller.
+fn dimensions(case: &Case) -> usize {
+    match case {
+        Case::Attention(_) => DIMENSIONS.len(),
+        Case::Loss(_) => LOSS_DIMENSIONS.len(),
+        Case::Tiled(_) => TILED_DIMENSIONS.len(),
+        Case::Batch(_) => BATCH_DIMENSIONS.len(),
+        Case::Mesh(_) => MESH_DIMENSIONS.len(),
+        Case::Model(_) => MODEL_DIMENSIONS.len(),
+    }
+}
+
+/// The cases that are smaller in this dimension, the smallest first.
+fn smaller(dimension: usize, case: &Case) -> Vec<Case> {
+    match case {
+        Case::Attention(case) => cases(DIMENSIONS[dimension](case)),
+        Case::Loss(case) => cases(LOSS_DIMENSIONS[dimension](case)),
+        Case::Tiled(case) => cases(TILED_DIMENSIONS[dimension](case)),
+        Case::Batch(case) => cases(BATCH_DIMENSIONS[dimension](case)),
+        Case::Mesh(case) => cases(MESH_DIMENSIONS[dimension](case)),
+        Case::Model(case) => cases(MODEL_DIMENSIONS[dimension](case)),
+    }
+}
+
+fn cases<T: Into<Case>>(cases: Vec<T>) -> Vec<Case> {
+    cases.into_iter().map(T::into).collect()
+}
+
+/// The dimensions of a loss.
+const LOSS_DIMENSIONS: [fn(&LossCase) -> Vec<LossCase>; 5] = [
+    |case| with_each(case, 1..case.world, |case, world| case.world = world),
+    |case| with_each(case, [1], |case, batch| case.batch = batch),
+    |case| {
+        let lengths = sizes(case.sequence, [1, 2, case.world, 2 * case.world]);
+        with_each(case, lengths, |case, length| case.sequence = length)
+    },
+    |case| {
+        let sizes = sizes(case.vocabulary, [1, 2, 4]);
+        with_each(case, sizes, |case, size| case.vocabulary = size)
+    },
+    |case| {
+        vec![
+            with(case, |case| case.hidden = None),
+            with(case, |case| case.cotangent = None),
+            with(case, |case| case.is_large = false),
+            with(case, |case| case.ignored = Ignored::Nothing),
+            with(case, |case| case.dtype = Dtype::F32),
+        ]
+    },
+];
+
+/// The dimensions of a function in tiles.
+const TILED_DIMENSIONS: [fn(&TiledCase) -> Vec<TiledCase>; 6] = [
+    |case| with_each(case, 1..case.world, |case, world| case.world = world),
+    |case| with_each(case, [1], |case, batch| case.batch = batch),
+    |case| {
+        let lengths = sizes(case.sequence, [1, 2, case.world, 2 * case.world]);
+        with_each(case, lengths, |case, length| case.sequence = length)
+    },
+    |case| {
+        with_each(case, sizes(case.tiles, [1, 2]), |case, tiles| {
+            case.tiles = tiles
+        })
+    },
+    |case| {
+        let hidden = with_each(case, sizes(case.hidden, [1, 2]), |case, size| {
+            case.hidden = size
+        });
+        let width = with_each(case, sizes(case.width, [1, 2]), |case, size| {
+            case.width = size
+        });
+        hidden.into_iter().chain(width).collect()
+    },
+    |case| {
+        vec![
+            with(case, |case| case.is_passed = false),
+            with(case, |case| case.frozen = None),
+            with(case, |case| case.counts_signals = false),
+            with(case, |case| case.cotangent = None),
+            with(case, |case| case.ignored = tiled::Ignored::Nothing),
+            with(case, |case| case.dtype = Dtype::F32),
+        ]
+    },
+];
+
+/// The dimensions of a model.
+const MODEL_DIMENSIONS: [fn(&ModelCase) -> Vec<ModelCase>; 5] = [
+    |case| with_each(case, 1..case.world, |case, world| case.world = world),
+    |case| with_each(case, [1], |case, batch| case.batch = batch),
+    |case| with_each(case, 1..case.layers, |case, layers| case.layers = layers),
+    |case| {
+        let lengths = sizes(case.sequence, [1, 2, case.sharing(), 2 * case.sharing()]);
+        with_each(case, lengths, |case, length| case.sequence = length)
+    },
+    |case| {
+        vec![
+            with(case, |case| case.replicas = None),
+            with(case, |case| case.documents = None),
+            with(case, |case| case.is_checkpointed = false),
+            with(case, |case| case.is_tied = false),
+            with(case, |case| (case.theta, case.epsilon) = (None, None)),
+            with(case, |case| case.cotangent = None),
+            with(case, |case| case.ignored = Ignored::Nothing),
+            with(case, |case| case.dtype = Dtype::F32),
+        ]
+    },
+];
+
+/// The dimensions of a batch.
+const BATCH_DIMENSIONS: [fn(&BatchCase) -> Vec<BatchCase>; 5] = [
+    |case| with_each(case, 1..case.world, |case, world| case.world = world),
+    |case| with_each(case, [1], |case, batch| case.batch = batch),
+    |case| {
+        let lengths = sizes(case.sequence, [1, 2, case.world, 2 * case.world]);
+        with_each(case, lengths, |case, length| case.sequence = length)
+    },
+    |case| {
+        let Some(stream) = case.stream else {
+            return Vec::new();
+        };
+        vec![
+            with(case, |case| case.stream = None),
+            with_stream(case, |stream| stream.epochs = 1),
+            with_stream(case, |stream| stream.is_ragged = false),
+            with_stream(case, |stream| stream.has_lengths = false),
+            with_stream(case, |stream| stream.batches = 1),
+            with_stream(case, |of| of.batches = stream.batches / 2),
+        ]
+    },
+    |case| {
+        vec![
+            with(case, |case| case.sharding = Sharding::Contiguous),
+            with(case, |case| {
+                (case.documents, case.is_across) = (None, false)
+            }),
+            with(case, |case| case.is_across = false),
+            with(case, |case| case.has_mask = false),
+            with(case, |case| case.pad = None),
+        ]
+    },
+];
+
+fn with_stream(case: &BatchCase, change: impl FnOnce(&mut Stream)) -> BatchCase {
+    with(case, |case| {
+        if let Some(stream) = &mut case.stream {
+            change(stream);
+        }
+    })
+}
+
+/// The dimensions of a mesh.
+const MESH_DIMENSIONS: [fn(&MeshCase) -> Vec<MeshCase>; 2] = [
+    |case| {
+        let of = |sizes: [usize; 3]| {
+            with(case, |case| {
+                [case.dp_replicate, case.dp_shard, case.sp] = sizes;
+                case.world = sizes.iter().product();
+            })
+        };
+        let [replicas, shards, sp] = [case.dp_replicate, case.dp_shard, case.sp];
+        vec![
+            of([1, shards, sp]),
+            of([replicas, 1, sp]),
+            of([replicas, shards, 1]),
+            of([replicas, shards, sp.min(2)]),
+        ]
+    },
+    |case| {
+        vec![
+            with(case, |case| case.has_mpu = false),
+            with(case, |case| case.has_sums = false),
+        ]
+    },
+];
+
 /// The cases that are smaller in one dimension, the smallest first.
-type Dimension = fn(&Case) -> Vec<Case>;
+type Dimension = fn(&AttentionCase) -> Vec<AttentionCase>;
 
 /// Every dimension; first the one for which ranks are started anew.
 const DIMENSIONS: [Dimension; 8] = [
@@ -194,17 +375,17 @@ const DIMENSIONS: [Dimension; 8] = [
     },
 ];
 
-fn with(case: &Case, change: impl FnOnce(&mut Case)) -> Case {
+fn with<C: Clone>(case: &C, change: impl FnOnce(&mut C)) -> C {
     let mut changed = case.clone();
     change(&mut changed);
     changed
 }
 
-fn with_each<T>(
-    case: &Case,
+fn with_each<C: Clone, T>(
+    case: &C,
     values: impl IntoIterator<Item = T>,
-    change: fn(&mut Case, T),
-) -> Vec<Case> {
+    change: fn(&mut C, T),
+) -> Vec<C> {
     let changed = values.into_iter();
     changed
         .map(|value| with(case, |case| change(case, value)))
@@ -220,7 +401,7 @@ fn sizes(size: usize, more: impl IntoIterator<Item = usize>) -> BTreeSet<usize> 
 }
 
 /// Lengths that the ranks divide, too, where they may not divide half of it.
-fn shorter(case: &Case) -> Vec<Case> {
+fn shorter(case: &AttentionCase) -> Vec<AttentionCase> {
     let (length, ranks) = (case.sequence, case.world);
     let each = length / ranks;
     let lengths = [
@@ -238,7 +419,7 @@ fn shorter(case: &Case) -> Vec<Case> {
 }
 
 /// Fewer KV heads, and fewer query heads for each.
-fn fewer_heads(case: &Case) -> Vec<Case> {
+fn fewer_heads(case: &AttentionCase) -> Vec<AttentionCase> {
     let group = case.query_heads / case.kv_heads;
     let groups = sizes(group, [1, 2]).into_iter().chain([group]);
     let mut heads: Vec<(usize, usize)> = groups
@@ -256,7 +437,7 @@ fn fewer_heads(case: &Case) -> Vec<Case> {
 }
 
 /// One optional part fewer. What is wrong with a question stays.
-fn without_one_extra(case: &Case) -> Vec<Case> {
+fn without_one_extra(case: &AttentionCase) -> Vec<AttentionCase> {
     const PARTS: [fn(&mut Extras); 20] = [
         |e| e.state = None,
         |e| e.value_size = None,
@@ -283,7 +464,7 @@ fn without_one_extra(case: &Case) -> Vec<Case> {
 }
 
 /// Smaller numbers in the optional parts.
-fn smaller_extras(case: &Case) -> Vec<Case> {
+fn smaller_extras(case: &AttentionCase) -> Vec<AttentionCase> {
     let extras = &case.extras;
     let smaller = |size: Option<usize>| sizes(size.unwrap_or(0), [1, 2]);
     let mut cases = Vec::new();

@@ -2,20 +2,25 @@
 // Not every test uses all of it.
 #![allow(dead_code)]
 
-use fixtures::exchange::{AnswerInfo, AnswerStatus, Declared, Tensors};
-use fixtures::{Array, Case, Inputs, sharding};
+use fixtures::exchange::{AnswerInfo, AnswerStatus, CaseInfo, Declared, Tensors};
+use fixtures::{Array, AttentionCase, Case, Inputs, sharding};
 use ulysses_conformance::implementation::RankAnswer;
-use ulysses_conformance::judge::{Due, Judgement, judge};
-use ulysses_conformance::oracle::{Answer, AnswerTensor, attention};
+use ulysses_conformance::judge::{Due, Judgement, Question, judge};
+use ulysses_conformance::oracle::{self, Answer, AnswerTensor};
 
 /// The oracle's own answer, before it is rounded, for a test to spoil.
-pub(crate) fn right(case: &Case) -> Answer<Vec<f64>> {
-    attention(case, &Inputs::of(case)).unwrap()
+pub(crate) fn right(case: &AttentionCase) -> Answer<Vec<f64>> {
+    oracle::attention(case, &Inputs::of(case)).unwrap()
+}
+
+/// The case of which every rank is asked.
+pub(crate) fn attention(posed: &[(CaseInfo, Tensors)]) -> AttentionCase {
+    posed[0].0.name.parse().unwrap()
 }
 
 /// What each rank gives, rounded. Of what is summed over ranks, the first and
 /// the last rank give a half each, without rounding more.
-pub(crate) fn shards(case: &Case, answer: &Answer<Vec<f64>>) -> Vec<Tensors> {
+pub(crate) fn shards(case: &AttentionCase, answer: &Answer<Vec<f64>>) -> Vec<Tensors> {
     let mut shards = vec![Tensors::new(); case.world];
     for (name, values) in answer.iter() {
         let whole = Array::from_f64(case.dtype, &name.shape(case), values);
@@ -33,7 +38,7 @@ pub(crate) fn shards(case: &Case, answer: &Answer<Vec<f64>>) -> Vec<Tensors> {
     shards
 }
 
-fn is_summed(case: &Case, name: AnswerTensor) -> bool {
+fn is_summed(case: &AttentionCase, name: AnswerTensor) -> bool {
     let is_of_kv = [AnswerTensor::KeyGradient, AnswerTensor::ValueGradient].contains(&name);
     name.is_head_state() || (is_of_kv && case.extras.cross.is_some())
 }
@@ -68,12 +73,14 @@ pub(crate) fn said(status: AnswerStatus, message: &str) -> RankAnswer {
     Ok((info(status, message), Tensors::new()))
 }
 
-pub(crate) fn judged(case: &Case, due: Due, answers: Vec<RankAnswer>) -> Judgement {
-    judge(case, &Inputs::of(case), Declared::default(), due, &answers)
+pub(crate) fn judged(case: &AttentionCase, due: Due, answers: Vec<RankAnswer>) -> Judgement {
+    let declared = Declared::default();
+    let question = Question::of(&Case::from(case.clone()), declared);
+    judge(&question, declared, due, &answers)
 }
 
 /// Judges the right answer, spoiled.
-pub(crate) fn spoiled(case: &Case, spoil: impl Fn(&mut Answer<Vec<f64>>)) -> Judgement {
+pub(crate) fn spoiled(case: &AttentionCase, spoil: impl Fn(&mut Answer<Vec<f64>>)) -> Judgement {
     let mut answer = right(case);
     spoil(&mut answer);
     judged(case, Due::Answer, ok(shards(case, &answer)))

@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 
 use fixtures::sharding::Shard;
-use fixtures::{Case, Content, Dtype, Extras, Feature, Mask};
+use fixtures::{AttentionCase, Case, Content, Dtype, Extras, Feature, Mask};
 use ulysses_conformance::catalogue;
 
 #[test]
@@ -21,7 +21,7 @@ fn names_are_distinct_and_give_back_their_cases() {
 #[test]
 fn no_two_sizes_of_a_case_are_the_same() {
     // A sequence of a few tokens has no sizes of its own.
-    let cases = catalogue::cases();
+    let cases = catalogue::attention();
     for case in cases.iter().filter(|case| case.sequence > 8) {
         let mut sizes = vec![case.sequence, case.head_size, case.query_heads];
         let shards = case.shards();
@@ -48,7 +48,7 @@ fn no_two_sizes_of_a_case_are_the_same() {
 }
 
 /// What a case asks beyond the plain one, but for its sizes.
-fn part(case: &Case) -> String {
+fn part(case: &AttentionCase) -> String {
     let name = case.to_string();
     let (_, after) = name.split_once("-seed0").unwrap();
     let digits = |c: char| c.is_ascii_digit();
@@ -59,14 +59,15 @@ fn part(case: &Case) -> String {
 fn every_feature_and_every_defect_is_asked_for_on_every_world() {
     let cases = catalogue::cases();
     for world in 1..=4 {
-        let these = || cases.iter().filter(|case| case.world == world);
+        let these = || cases.iter().filter(|case| case.world() == world);
         let features: HashSet<Feature> = these().flat_map(Case::features).collect();
         let missing: Vec<_> = Feature::ALL
             .into_iter()
             .filter(|feature| !features.contains(feature))
             .collect();
         use Feature::{
-            EmptyRank, FewerQueryHeadsThanRanks, KvReplication, UnevenKvHeads, UnevenQueryHeads,
+            BatchRaggedStream, EmptyRank, FewerQueryHeadsThanRanks, KvReplication, MeshReplicate,
+            ModelReplicas, UnevenKvHeads, UnevenQueryHeads,
         };
         let due = match world {
             // What takes more than one rank.
@@ -76,22 +77,26 @@ fn every_feature_and_every_defect_is_asked_for_on_every_world() {
                 UnevenQueryHeads,
                 FewerQueryHeadsThanRanks,
                 EmptyRank,
+                BatchRaggedStream,
+                MeshReplicate,
+                ModelReplicas,
             ],
             4 => vec![],
             _ => vec![FewerQueryHeadsThanRanks],
         };
         assert_eq!(missing, due, "on {world} ranks");
-        let defects: HashSet<_> = these().filter_map(|case| case.extras.defect).collect();
-        assert_eq!(defects.len(), if world == 1 { 16 } else { 17 });
+        let defect = |case: &Case| Some((case.profile(), case.defect()?));
+        let defects: HashSet<_> = these().filter_map(defect).collect();
+        assert_eq!(defects.len(), if world == 1 { 34 } else { 36 });
     }
 }
 
 #[test]
 fn what_is_asked_beyond_meets_every_dtype() {
-    let cases = catalogue::cases();
+    let cases = catalogue::attention();
     let beyond = || cases.iter().filter(|case| !part(case).is_empty());
     for case in beyond().filter(|case| case.extras.defect.is_none() && case.world < 8) {
-        let alike = |other: &&Case| part(other) == part(case) && other.mask == case.mask;
+        let alike = |other: &&AttentionCase| part(other) == part(case) && other.mask == case.mask;
         let dtypes: HashSet<_> = beyond().filter(alike).map(|other| other.dtype).collect();
         // Dropped weights are not to be read from halves.
         let due = if case.extras.dropout.is_some() { 2 } else { 4 };
@@ -102,7 +107,7 @@ fn what_is_asked_beyond_meets_every_dtype() {
 
 #[test]
 fn every_world_and_pair_of_heads_meets_every_mask_dtype_batch_size_and_content() {
-    let cases = catalogue::cases();
+    let cases = catalogue::attention();
     for world in [1, 2, 3, 4] {
         for heads in [(8, 8), (8, 4), (8, 2), (8, 1), (6, 3), (12, 3)] {
             let these: Vec<_> = cases
@@ -119,7 +124,7 @@ fn every_world_and_pair_of_heads_meets_every_mask_dtype_batch_size_and_content()
                     );
                 }
             }
-            let with = |f: &dyn Fn(&Case) -> bool| these.iter().any(|case| f(case));
+            let with = |f: &dyn Fn(&AttentionCase) -> bool| these.iter().any(|case| f(case));
             assert!(
                 [1, 3]
                     .iter()
@@ -141,7 +146,7 @@ fn every_world_and_pair_of_heads_meets_every_mask_dtype_batch_size_and_content()
 
 #[test]
 fn every_dtype_meets_every_head_size_batch_and_content_on_every_world() {
-    let cases = catalogue::cases();
+    let cases = catalogue::attention();
     for world in [1, 2, 3, 4] {
         for dtype in Dtype::FLOATS {
             let seen: HashSet<_> = cases

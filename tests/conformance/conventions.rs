@@ -5,10 +5,10 @@
 mod program;
 
 use fixtures::exchange::{Declared, Parameters, Upstream};
-use fixtures::{Case, Inputs};
+use fixtures::{AttentionCase, Case, Inputs};
 use program::{Run, fake, program};
 use rstest::rstest;
-use ulysses_conformance::judge::inputs_for;
+use ulysses_conformance::judge::Question;
 
 /// A case with gradients of tokens alone, and one with those of parameters.
 const CASES: [&str; 2] = [
@@ -76,6 +76,11 @@ fn a_convention_that_nobody_knows_is_refused_by_the_kit() {
     assert!(run.stdout.contains(why), "{}", run.stdout);
 }
 
+fn inputs_for(case: &AttentionCase, declared: Declared) -> Inputs {
+    let question = Question::of(&Case::from(case.clone()), declared);
+    question.attention().unwrap().1.clone()
+}
+
 #[test]
 fn the_cotangent_alone_is_multiplied_and_outside_training_nothing() {
     let averaged = Declared {
@@ -83,7 +88,7 @@ fn the_cotangent_alone_is_multiplied_and_outside_training_nothing() {
         parameters: Parameters::Average,
         ..Declared::default()
     };
-    let case: Case = "attention/p2-b1-s5-hq2-hkv2-d4-full-bf16-gaussian-seed0-sinks"
+    let case: AttentionCase = "attention/p2-b1-s5-hq2-hkv2-d4-full-bf16-gaussian-seed0-sinks"
         .parse()
         .unwrap();
     let (plain, mut times) = (Inputs::of(&case), inputs_for(&case, averaged));

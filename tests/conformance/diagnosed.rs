@@ -2,7 +2,7 @@
 // Not every test uses all of it.
 #![allow(dead_code)]
 
-use fixtures::Case;
+use fixtures::AttentionCase;
 use ulysses_conformance::diagnosis::{Diagnosis, Mistake};
 use ulysses_conformance::judge::{Due, Judgement, Verdict};
 use ulysses_conformance::oracle::Answer;
@@ -31,7 +31,7 @@ pub(crate) const SIZES: [&str; 6] = [
     "attention/p4-b1-s40-hq8-hkv1-d16-causal-f64-peaked-seed1",
 ];
 
-pub(crate) fn judged_as(case: &Case, mut answer: Answer<Vec<f64>>) -> Diagnosis {
+pub(crate) fn judged_as(case: &AttentionCase, mut answer: Answer<Vec<f64>>) -> Diagnosis {
     // What the altered case does not have has no gradient.
     let right = right(case);
     for (name, numbers) in &right.head_state {
@@ -46,8 +46,8 @@ pub(crate) fn judged_as(case: &Case, mut answer: Answer<Vec<f64>>) -> Diagnosis 
 }
 
 /// The plain case of these sizes with something asked beyond.
-pub(crate) fn with(size: usize, alter: impl Fn(&mut Case)) -> Case {
-    let mut case: Case = SIZES[size].parse().unwrap();
+pub(crate) fn with(size: usize, alter: impl Fn(&mut AttentionCase)) -> AttentionCase {
+    let mut case: AttentionCase = SIZES[size].parse().unwrap();
     alter(&mut case);
     case
 }

@@ -8,7 +8,7 @@ mod diagnosed;
 use answers::{judged, ok, right, said, shards, spoiled};
 use diagnosed::{SIZES, assert_named, diagnosed, judged_as, with};
 use fixtures::exchange::AnswerStatus;
-use fixtures::{Array, Case, Defect, Documents, Dtype, Inputs, Mask, Padding, Rotary};
+use fixtures::{Array, AttentionCase, Defect, Documents, Dtype, Inputs, Mask, Padding, Rotary};
 use rstest::rstest;
 use ulysses_conformance::diagnosis::Mistake;
 use ulysses_conformance::implementation::{Collapse, Failure};
@@ -17,7 +17,7 @@ use ulysses_conformance::oracle::{Answer, attention};
 
 #[rstest]
 fn factors_of_the_number_of_ranks_are_told(#[values(0, 1, 2, 3, 4, 5)] size: usize) {
-    let case: Case = SIZES[size].parse().unwrap();
+    let case: AttentionCase = SIZES[size].parse().unwrap();
     let ranks = case.world as f64;
     let scale = |numbers: &mut Vec<f64>, factor: f64| numbers.iter_mut().for_each(|x| *x *= factor);
     let diagnosis = diagnosed(spoiled(&case, |answer| {
@@ -48,7 +48,7 @@ fn factors_of_the_number_of_ranks_are_told(#[values(0, 1, 2, 3, 4, 5)] size: usi
 #[case::replicas(3, Mistake::ReplicasAveraged)]
 #[case::key_zero(0, Mistake::GradientZero)]
 fn factors_of_some_gradients_are_told(#[case] size: usize, #[case] mistake: Mistake) {
-    let case: Case = SIZES[size].parse().unwrap();
+    let case: AttentionCase = SIZES[size].parse().unwrap();
     let factor = if mistake == Mistake::GradientZero {
         0.0
     } else {
@@ -65,14 +65,14 @@ fn factors_of_some_gradients_are_told(#[case] size: usize, #[case] mistake: Mist
 
 #[rstest]
 fn swapped_gradients_are_told(#[values(0, 1, 2, 3, 4, 5)] size: usize) {
-    let case: Case = SIZES[size].parse().unwrap();
+    let case: AttentionCase = SIZES[size].parse().unwrap();
     let diagnosis = diagnosed(spoiled(&case, |answer| {
         std::mem::swap(&mut answer.dk, &mut answer.dv);
     }));
     assert_named(&diagnosis, Mistake::KeyAndValueGradientSwapped);
 }
 
-type Alter = fn(&mut Case);
+type Alter = fn(&mut AttentionCase);
 
 /// A mistake, what is asked, and what is answered in its place.
 const LEFT_OUT: [(Mistake, Alter, Alter); 16] = [
@@ -172,7 +172,7 @@ fn what_is_left_out_is_told(#[values(0, 1, 2, 3, 4)] size: usize) {
 
 #[test]
 fn coarse_numbers_are_told() {
-    let case: Case = SIZES[0].parse().unwrap();
+    let case: AttentionCase = SIZES[0].parse().unwrap();
     let coarse = |numbers: &mut Vec<f64>| {
         *numbers = Array::from_f64(Dtype::Bf16, &[numbers.len()], numbers).to_f64();
     };
@@ -201,7 +201,7 @@ fn coarse_numbers_are_told() {
 #[test]
 fn one_wrong_number_among_many_is_not_taken_for_a_rounding() {
     let name = "attention/p3-b2-s60-hq12-hkv6-d16-causal-bf16-peaked-seed5";
-    let case: Case = name.parse().unwrap();
+    let case: AttentionCase = name.parse().unwrap();
     let diagnosis = diagnosed(spoiled(&case, |answer| answer.out[0] += 1.0));
     assert_eq!(diagnosis.mistake, None, "{diagnosis:?}");
     let said = "out is wrong in head 0 alone";
@@ -210,7 +210,7 @@ fn one_wrong_number_among_many_is_not_taken_for_a_rounding() {
 
 #[test]
 fn a_factor_that_nobody_knows_is_told_by_its_number() {
-    let case: Case = SIZES[4].parse().unwrap();
+    let case: AttentionCase = SIZES[4].parse().unwrap();
     let diagnosis = diagnosed(spoiled(&case, |answer| {
         answer.dq.iter_mut().for_each(|x| *x *= 0.7);
     }));
@@ -226,7 +226,7 @@ fn noise(i: usize) -> f64 {
 
 #[test]
 fn noise_on_a_head_has_no_name_but_a_place() {
-    let case: Case = SIZES[4].parse().unwrap();
+    let case: AttentionCase = SIZES[4].parse().unwrap();
     let diagnosis = diagnosed(spoiled(&case, |answer| {
         for (i, row) in answer.dk.chunks_mut(case.head_size).enumerate() {
             if i % case.kv_heads == 2 {
@@ -253,7 +253,7 @@ fn noise_on_a_head_has_no_name_but_a_place() {
 
 #[test]
 fn a_strip_shows_which_heads_of_which_rank_are_zero() {
-    let case: Case = SIZES[0].parse().unwrap();
+    let case: AttentionCase = SIZES[0].parse().unwrap();
     let diagnosis = diagnosed(spoiled(&case, |answer| {
         for (i, row) in answer.out.chunks_mut(case.head_size).enumerate() {
             let (token, head) = (i / case.query_heads % case.sequence, i % case.query_heads);
@@ -271,7 +271,7 @@ fn a_strip_shows_which_heads_of_which_rank_are_zero() {
 
 #[test]
 fn what_has_no_numbers_to_compare_is_named_too() {
-    let case: Case = SIZES[0].parse().unwrap();
+    let case: AttentionCase = SIZES[0].parse().unwrap();
     let name = |judgement: Judgement| judgement.diagnosis.unwrap().mistake.unwrap();
     let said = |status, message| said(status, message);
     let refused = || {
@@ -281,7 +281,7 @@ fn what_has_no_numbers_to_compare_is_named_too() {
         ]
     };
     let answers = || ok(shards(&case, &right(&case)));
-    let bad = Due::Refusal(Cause::BadInput(Defect::Heads));
+    let bad = Due::Refusal(Cause::BadInput(Defect::Heads.name()));
     assert_eq!(
         name(judged(&case, Due::Answer, refused())),
         Mistake::GoodInputRefused
@@ -333,7 +333,7 @@ fn what_has_no_name_is_told_in_a_sentence() {
             .sentence
             .contains("a causal mask, and none is due")
     );
-    let case: Case = SIZES[4].parse().unwrap();
+    let case: AttentionCase = SIZES[4].parse().unwrap();
     let mut hot = case.clone();
     // A quarter, times the number of ranks.
     hot.extras.scale = Some(100);

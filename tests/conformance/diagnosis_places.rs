@@ -7,7 +7,7 @@ mod diagnosed;
 
 use answers::{right, spoiled};
 use diagnosed::{SIZES, assert_named, diagnosed, judged_as, with};
-use fixtures::{Array, Case, Dtype, Inputs, Shard, Sharding, sharding};
+use fixtures::{Array, AttentionCase, Dtype, Inputs, Shard, Sharding, sharding};
 use rstest::rstest;
 use ulysses_conformance::diagnosis::Mistake;
 use ulysses_conformance::oracle::{Answer, AnswerTensor, attention};
@@ -15,7 +15,7 @@ use ulysses_conformance::oracle::{Answer, AnswerTensor, attention};
 /// The elements of `[batch, tokens, heads, channels]` with row `from(row)` in
 /// the place of each row.
 fn moved(
-    case: &Case,
+    case: &AttentionCase,
     name: AnswerTensor,
     numbers: &mut [f64],
     from: impl Fn(usize, usize) -> (usize, usize),
@@ -35,7 +35,7 @@ fn moved(
 
 #[rstest]
 fn outputs_of_another_rank_are_told_with_the_order(#[values(0, 1, 2, 3, 4, 5)] size: usize) {
-    let case: Case = SIZES[size].parse().unwrap();
+    let case: AttentionCase = SIZES[size].parse().unwrap();
     let each = case.sequence / case.world;
     let diagnosis = diagnosed(spoiled(&case, |answer| {
         let next = |token, head| ((token + each) % case.sequence, head);
@@ -56,7 +56,7 @@ fn heads_of_the_output_in_another_order_are_told(
     #[values(0, 1, 2, 3, 4, 5)] size: usize,
     #[values(true, false)] is_interleaved: bool,
 ) {
-    let case: Case = SIZES[size].parse().unwrap();
+    let case: AttentionCase = SIZES[size].parse().unwrap();
     let (heads, ranks) = (case.query_heads, case.world);
     let each = heads / ranks;
     let diagnosis = diagnosed(spoiled(&case, |answer| {
@@ -77,7 +77,7 @@ fn heads_of_the_output_in_another_order_are_told(
 
 #[rstest]
 fn gradients_of_another_rank_are_told(#[values(0, 1, 2, 3, 4, 5)] size: usize) {
-    let case: Case = SIZES[size].parse().unwrap();
+    let case: AttentionCase = SIZES[size].parse().unwrap();
     let each = case.sequence / case.world;
     let diagnosis = diagnosed(spoiled(&case, |answer| {
         let next = |token, head| ((token + each) % case.sequence, head);
@@ -118,7 +118,7 @@ fn other_kv_heads_are_told(
     #[case] attended: &[usize],
     #[case] mistake: Mistake,
 ) {
-    let case: Case = SIZES[size].parse().unwrap();
+    let case: AttentionCase = SIZES[size].parse().unwrap();
     // Every query head has the KV head of its own that it attends.
     let mut wide = case.clone();
     wide.kv_heads = case.query_heads;
@@ -147,7 +147,7 @@ fn parts_of_key_gradients_that_are_lost_are_told(
     #[case] weight: fn(usize) -> f64,
     #[case] mistake: Mistake,
 ) {
-    let case: Case = SIZES[size].parse().unwrap();
+    let case: AttentionCase = SIZES[size].parse().unwrap();
     // Gradients are linear in the cotangent: that of lost heads is zero.
     let mut inputs = Inputs::of(&case);
     let mut dout = inputs.dout.to_f64();
@@ -164,7 +164,7 @@ fn parts_of_key_gradients_that_are_lost_are_told(
 
 #[rstest]
 fn gradients_of_own_queries_alone_are_told(#[values(0, 2, 3)] size: usize) {
-    let case: Case = SIZES[size].parse().unwrap();
+    let case: AttentionCase = SIZES[size].parse().unwrap();
     let mut answer = right(&case);
     for shard in case.shards() {
         let mut inputs = Inputs::of(&case);
@@ -190,13 +190,13 @@ fn gradients_of_own_queries_alone_are_told(#[values(0, 2, 3)] size: usize) {
 }
 
 /// The answer of attention on the tokens of each shard by itself.
-fn of_shards_alone(case: &Case) -> Answer<Vec<f64>> {
+fn of_shards_alone(case: &AttentionCase) -> Answer<Vec<f64>> {
     let inputs = Inputs::of(case);
     let cut = |array: &Array| sharding::cut(array, &case.shards());
     let [q, k, v, dout] = [&inputs.q, &inputs.k, &inputs.v, &inputs.dout].map(cut);
     let parts: Vec<Answer<Vec<f64>>> = (0..case.world)
         .map(|rank| {
-            let part = Case {
+            let part = AttentionCase {
                 sequence: case.shards()[rank].len(),
                 ..case.clone()
             };
@@ -232,13 +232,13 @@ fn of_shards_alone(case: &Case) -> Answer<Vec<f64>> {
 
 #[rstest]
 fn attention_to_own_tokens_alone_is_told(#[values(0, 1, 2, 3, 4, 5)] size: usize) {
-    let case: Case = SIZES[size].parse().unwrap();
+    let case: AttentionCase = SIZES[size].parse().unwrap();
     let diagnosis = judged_as(&case, of_shards_alone(&case));
     assert_named(&diagnosis, Mistake::LocalTokensOnly);
 }
 
 /// Attention on tokens in this order, each answer given to its own token.
-fn in_order(case: &Case, order: &[usize]) -> Answer<Vec<f64>> {
+fn in_order(case: &AttentionCase, order: &[usize]) -> Answer<Vec<f64>> {
     let inputs = Inputs::of(case);
     let there = [Shard::from_iter(order.iter().copied())];
     let moved = |array: &Array| sharding::cut(array, &there).remove(0);
@@ -263,7 +263,7 @@ fn in_order(case: &Case, order: &[usize]) -> Answer<Vec<f64>> {
 
 #[rstest]
 fn ranks_in_another_order_under_a_mask_are_told(#[values(0, 1, 2, 3, 4, 5)] size: usize) {
-    let case: Case = SIZES[size].parse().unwrap();
+    let case: AttentionCase = SIZES[size].parse().unwrap();
     let backwards: Vec<usize> = case
         .shards()
         .iter()
@@ -316,7 +316,7 @@ fn head_state_of_one_rank_and_averaged_are_told() {
 
 #[test]
 fn ranks_in_an_order_that_nobody_tries_are_told_by_where_rows_come_from() {
-    let case: Case = SIZES[4].parse().unwrap();
+    let case: AttentionCase = SIZES[4].parse().unwrap();
     let each = case.sequence / case.world;
     // The first two ranks get each other's.
     let from = [1, 0, 2, 3];

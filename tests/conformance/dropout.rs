@@ -5,12 +5,12 @@
 mod answers;
 
 use answers::{judged, ok, shards};
-use fixtures::{Case, Inputs};
+use fixtures::{AttentionCase, Inputs};
 use rstest::rstest;
 use ulysses_conformance::judge::{Due, Judgement, Verdict};
 use ulysses_conformance::oracle::{Answer, attention_dropped};
 
-fn case(dtype: &str, dropout: u32) -> Case {
+fn case(dtype: &str, dropout: u32) -> AttentionCase {
     format!("attention/p2-b2-s36-hq4-hkv2-d36-causal-{dtype}-onehot-seed1-dropout{dropout}")
         .parse()
         .unwrap()
@@ -29,7 +29,7 @@ fn random(stream: u64, index: u64) -> u64 {
 /// What weights are multiplied by: `kept` with this probability of a 0, in a
 /// mask for each (batch, head), from the stream that `stream_of` gives it.
 fn multiplier(
-    case: &Case,
+    case: &AttentionCase,
     probability: f64,
     kept: f64,
     stream_of: impl Fn(usize, usize) -> u64,
@@ -47,11 +47,11 @@ fn multiplier(
     multiplier
 }
 
-fn answer(case: &Case, multiplier: &[f64]) -> Answer<Vec<f64>> {
+fn answer(case: &AttentionCase, multiplier: &[f64]) -> Answer<Vec<f64>> {
     attention_dropped(case, &Inputs::of(case), Some(multiplier)).unwrap()
 }
 
-fn judge(case: &Case, answer: &Answer<Vec<f64>>) -> Judgement {
+fn judge(case: &AttentionCase, answer: &Answer<Vec<f64>>) -> Judgement {
     judged(case, Due::Answer, ok(shards(case, answer)))
 }
 
@@ -152,7 +152,7 @@ fn a_backward_with_another_mask_fails(#[values("f32", "bf16")] dtype: &str) {
 
 #[test]
 fn where_chance_cannot_be_told_from_fault_nothing_is_said_of_it() {
-    let case: Case = "attention/p1-b1-s6-hq2-hkv2-d6-causal-f32-onehot-seed1-dropout10"
+    let case: AttentionCase = "attention/p1-b1-s6-hq2-hkv2-d6-causal-f32-onehot-seed1-dropout10"
         .parse()
         .unwrap();
     let judgement = judge(

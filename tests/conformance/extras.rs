@@ -6,12 +6,12 @@ mod answers;
 
 use answers::{info, judged, ok, right, said, shards, spoiled};
 use fixtures::exchange::AnswerStatus;
-use fixtures::{Case, Defect, Extras, Inputs, Structure};
+use fixtures::{AttentionCase, Defect, Extras, Inputs, Structure};
 use rstest::rstest;
 use ulysses_conformance::judge::{Cause, Due, Judgement, Place, Verdict};
 use ulysses_conformance::oracle::{Answer, AnswerTensor, attention};
 
-fn case(parts: &str) -> Case {
+fn case(parts: &str) -> AttentionCase {
     format!("attention/p2-b2-s36-hq4-hkv2-d16-{parts}")
         .parse()
         .unwrap()
@@ -46,7 +46,7 @@ fn the_oracles_answer_rounded_once_passes(#[case] parts: &str) {
 fn a_rank_without_a_token_gives_tensors_without_a_row() {
     for parts in ["", "-zigzag-norms", "-striped-alibi"] {
         let name = format!("attention/p5-b2-s3-hq5-hkv5-d8-causal-f32-gaussian-seed1{parts}");
-        let case: Case = name.parse().unwrap();
+        let case: AttentionCase = name.parse().unwrap();
         let answers = shards(&case, &right(&case));
         assert!(answers.iter().any(|rank| rank["dq"].shape == [2, 0, 5, 8]));
         let judgement = judged(&case, Due::Answer, ok(answers));
@@ -55,7 +55,7 @@ fn a_rank_without_a_token_gives_tensors_without_a_row() {
 }
 
 /// Judges what is right of `case` but for some of its extras.
-fn ignoring(case: &Case, ignore: fn(&mut Extras)) -> Judgement {
+fn ignoring(case: &AttentionCase, ignore: fn(&mut Extras)) -> Judgement {
     let mut plainer = case.clone();
     ignore(&mut plainer.extras);
     let mut inputs = Inputs::of(case);
@@ -128,7 +128,10 @@ fn a_wrong_gradient_of_head_state_fails(
     let comparison = comparison.of(tensor).unwrap();
     assert_eq!(comparison.wrong_rows, 1);
     let heads = tensor.shape(&case)[0];
-    assert_eq!(comparison.worst.unwrap().place, Place::Head(heads - 1));
+    assert_eq!(
+        comparison.worst.as_ref().unwrap().place,
+        Place::Head(heads - 1)
+    );
 }
 
 /// A rank that gives the whole sum, not its part.
@@ -189,7 +192,7 @@ fn the_shape_that_is_due_has_the_value_size() {
 }
 
 /// Zeros of `out` at a token.
-fn without_token(case: &Case, answer: &mut Answer<Vec<f64>>, batch: usize, token: usize) {
+fn without_token(case: &AttentionCase, answer: &mut Answer<Vec<f64>>, batch: usize, token: usize) {
     let row = case.query_heads * case.value_size();
     let first = (batch * case.sequence + token) * row;
     answer.out[first..first + row].fill(0.0);
@@ -268,7 +271,7 @@ fn outside_training_nothing_is_sent() {
 #[test]
 fn bad_input_is_refused_in_words_by_every_rank() {
     let case = case("causal-f32-gaussian-seed1-window5-bad:window");
-    let due = Due::Refusal(Cause::BadInput(Defect::Window));
+    let due = Due::Refusal(Cause::BadInput(Defect::Window.name()));
     let of = |status, message| said(status, message);
     let judge = |first, second| {
         let judgement = judged(&case, due, vec![first, second]);

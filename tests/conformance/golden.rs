@@ -6,12 +6,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 
-use fixtures::exchange::{AnswerStatus, Tensors};
-use fixtures::{Array, Case, Feature, Inputs, sharding};
+use fixtures::exchange::{self, AnswerStatus, Tensors};
+use fixtures::{Array, AttentionCase, Feature, Inputs, sharding};
 use rstest::rstest;
 use safetensors::SafeTensors;
 use sha2::{Digest, Sha256};
 use ulysses::Kernel;
+use ulysses_conformance::catalogue;
 use ulysses_conformance::implementation::{Implementation, ReferenceOnThreads};
 use ulysses_conformance::oracle::{self, AnswerTensor};
 
@@ -50,7 +51,7 @@ fn golden_folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../golden")
 }
 
-fn golden() -> Vec<(Case, Whole)> {
+fn golden() -> Vec<(AttentionCase, Whole)> {
     let bytes = fs::read(golden_folder().join("attention.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let mut cases: BTreeMap<String, Whole> = BTreeMap::new();
@@ -69,7 +70,7 @@ fn golden() -> Vec<(Case, Whole)> {
 
 /// Where `is` is not what JAX says. Two ways to sum the same few dozen products
 /// in float64 differ by a few units in the last place of the largest.
-fn departures(case: &Case, is: &Whole, golden: &Whole) -> Vec<String> {
+fn departures(case: &AttentionCase, is: &Whole, golden: &Whole) -> Vec<String> {
     if !is.keys().eq(golden.keys()) {
         let (is, golden) = (is.keys(), golden.keys());
         return vec![format!("{case}: {is:?} are answered, JAX has {golden:?}")];
@@ -126,7 +127,7 @@ fn the_reference_says_what_jax_says(#[values(Kernel::Sdpa, Kernel::Eager)] kerne
     for world in WORLDS {
         let mut reference = ReferenceOnThreads::new(kernel);
         for (case, golden) in &golden {
-            let case = Case {
+            let case = AttentionCase {
                 world,
                 ..case.clone()
             };
@@ -141,10 +142,10 @@ fn the_reference_says_what_jax_says(#[values(Kernel::Sdpa, Kernel::Eager)] kerne
 
 /// The ranks' answers over the whole sequence, or what a rank that has none
 /// says.
-fn answer(reference: &mut ReferenceOnThreads, case: &Case) -> Result<Whole, String> {
+fn answer(reference: &mut ReferenceOnThreads, case: &AttentionCase) -> Result<Whole, String> {
     let mut ranks: Vec<Tensors> = Vec::new();
     for (rank, answer) in reference
-        .ask(case, &Inputs::of(case))
+        .ask(exchange::shards(case, &Inputs::of(case)))
         .map_err(|failure| format!("{failure:?}"))?
         .into_iter()
         .enumerate()
@@ -167,7 +168,7 @@ fn answer(reference: &mut ReferenceOnThreads, case: &Case) -> Result<Whole, Stri
 }
 
 /// Whether each rank has a part of every element, in place of some tokens.
-fn is_part_of_a_sum(case: &Case, name: &str) -> bool {
+fn is_part_of_a_sum(case: &AttentionCase, name: &str) -> bool {
     let is_of_heads = |tensor: AnswerTensor| tensor.name() == name && tensor.is_head_state();
     AnswerTensor::ALL.into_iter().any(is_of_heads)
         || (case.extras.cross.is_some() && ["dk", "dv"].contains(&name))
@@ -185,9 +186,9 @@ fn sum(parts: &[Array]) -> Vec<f64> {
 
 #[test]
 fn every_feature_that_changes_a_number_has_a_golden_case() {
-    let on_each_world = |case: Case| {
+    let on_each_world = |case: AttentionCase| {
         WORLDS.map(|world| {
-            let case = Case {
+            let case = AttentionCase {
                 world,
                 ..case.clone()
             };
@@ -197,7 +198,10 @@ fn every_feature_that_changes_a_number_has_a_golden_case() {
     };
     let cases = golden().into_iter().map(|(case, _)| case);
     let covered: BTreeSet<Feature> = cases.flat_map(on_each_world).flatten().collect();
-    for feature in Feature::ALL {
+    let asked = catalogue::attention().into_iter();
+    let asked: BTreeSet<Feature> = asked.flat_map(|case| case.features()).collect();
+    assert!(asked.len() > WITHOUT_GOLDEN.len());
+    for feature in asked {
         let excuse = WITHOUT_GOLDEN.iter().find(|(of, _)| *of == feature);
         match (covered.contains(&feature), excuse) {
             (true, None) | (false, Some(_)) => {}

@@ -10,7 +10,7 @@ mod answers;
 
 use answers::{judged, ok};
 use fixtures::exchange::Tensors;
-use fixtures::{Array, Case, Dtype, Input, Inputs};
+use fixtures::{Array, AttentionCase, Dtype, Input, Inputs};
 use rstest::rstest;
 use tch::{Device, Kind, Tensor};
 use ulysses_conformance::judge::{Due, Verdict};
@@ -37,7 +37,14 @@ fn norm(x: &Tensor, weight: &Tensor) -> Tensor {
 }
 
 /// Output of some rows of one head, `[batch, rows, head size]`.
-fn attend(case: &Case, q: &Tensor, k: &Tensor, v: &Tensor, first: i64, state: &[Tensor]) -> Tensor {
+fn attend(
+    case: &AttentionCase,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    first: i64,
+    state: &[Tensor],
+) -> Tensor {
     let keys = k.size()[1];
     let mut scores = q.matmul(&k.transpose(1, 2)) * case.score_scale();
     if let Some(cap) = case.extras.softcap.map(f64::from) {
@@ -59,7 +66,7 @@ fn attend(case: &Case, q: &Tensor, k: &Tensor, v: &Tensor, first: i64, state: &[
 
 /// What `rank` contributes, computed in `kind`: out and dq of its tokens, dk and
 /// dv of all, and its parts of the gradients of head state.
-fn contribution(case: &Case, inputs: &Inputs, rank: usize, kind: Kind) -> Vec<Tensor> {
+fn contribution(case: &AttentionCase, inputs: &Inputs, rank: usize, kind: Kind) -> Vec<Tensor> {
     let leaf = |array: &Array| tensor(array, kind).set_requires_grad(true);
     let zero = Array::from_f64(
         case.dtype,
@@ -121,7 +128,7 @@ fn an_honest_answer_in_another_order_passes(
 ) {
     let name =
         format!("attention/p3-b2-s39-hq2-hkv1-d16-causal-{dtype}-gaussian-seed{seed}-{parts}");
-    let case: Case = name.parse().unwrap();
+    let case: AttentionCase = name.parse().unwrap();
     let kind = match case.dtype {
         Dtype::Bf16 if !in_float32 => Kind::BFloat16,
         Dtype::F16 if !in_float32 => Kind::Half,

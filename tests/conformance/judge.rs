@@ -6,7 +6,7 @@ mod answers;
 
 use answers::{judged, ok, right, said, shards, spoiled};
 use fixtures::exchange::AnswerStatus;
-use fixtures::{Array, Case, Feature};
+use fixtures::{Array, AttentionCase, Feature};
 use rstest::rstest;
 use ulysses_conformance::implementation::{Collapse, Failure};
 use ulysses_conformance::judge::{Cause, Due, Place, Verdict, without_answer};
@@ -17,7 +17,7 @@ const F16: &str = "attention/p3-b1-s51-hq6-hkv1-d16-full-f16-gaussian-seed1";
 
 #[rstest]
 fn the_oracles_answer_rounded_once_passes(#[values(F32, BF16, F16)] name: &str) {
-    let case: Case = name.parse().unwrap();
+    let case: AttentionCase = name.parse().unwrap();
     let judgement = spoiled(&case, |_| {});
     assert_eq!(judgement.verdict, Verdict::Pass, "{judgement:?}");
     assert_eq!(judgement.sentence, "");
@@ -28,7 +28,7 @@ fn a_gradient_scaled_by_the_number_of_ranks_fails_and_is_told_by_its_factor(
     #[values(F32, BF16, F16)] name: &str,
     #[values(0.25, 0.5, 2.0)] factor: f64,
 ) {
-    let case: Case = name.parse().unwrap();
+    let case: AttentionCase = name.parse().unwrap();
     let judgement = spoiled(&case, |answer| {
         answer.dq.iter_mut().for_each(|x| *x *= factor);
     });
@@ -40,7 +40,7 @@ fn a_gradient_scaled_by_the_number_of_ranks_fails_and_is_told_by_its_factor(
 
 /// The elements of one row, by batch, token and head.
 fn row(
-    case: &Case,
+    case: &AttentionCase,
     heads: usize,
     batch: usize,
     token: usize,
@@ -52,12 +52,13 @@ fn row(
 
 #[rstest]
 fn one_zeroed_row_fails_and_is_told_by_its_place(#[values(F32, BF16, F16)] name: &str) {
-    let case: Case = name.parse().unwrap();
+    let case: AttentionCase = name.parse().unwrap();
     for token in [0, case.sequence / 2, case.sequence - 1] {
         let spoil = row(&case, case.kv_heads, 0, token, case.kv_heads - 1);
         let judgement = spoiled(&case, |answer| answer.dv[spoil.clone()].fill(0.0));
         assert_eq!(judgement.verdict, Verdict::Fail, "token {token}");
-        let worst = judgement.comparison.unwrap().tensors[3].worst.unwrap();
+        let comparison = judgement.comparison.unwrap();
+        let worst = comparison.tensors[3].worst.as_ref().unwrap();
         let (batch, head) = (0, case.kv_heads - 1);
         assert_eq!(worst.place, Place::Token { batch, token, head });
     }
@@ -65,7 +66,7 @@ fn one_zeroed_row_fails_and_is_told_by_its_place(#[values(F32, BF16, F16)] name:
 
 #[rstest]
 fn two_rows_in_each_others_place_fail(#[values(F32, BF16, F16)] name: &str) {
-    let case: Case = name.parse().unwrap();
+    let case: AttentionCase = name.parse().unwrap();
     let a = row(&case, case.query_heads, 0, 20, 0);
     let b = row(&case, case.query_heads, 0, 20, 1);
     let judgement = spoiled(&case, |answer| {
@@ -87,7 +88,7 @@ fn one_nan_or_infinity_fails(#[values(f64::NAN, f64::INFINITY)] value: f64) {
 
 #[test]
 fn float32_computed_in_bfloat16_fails() {
-    let case: Case = F32.parse().unwrap();
+    let case: AttentionCase = F32.parse().unwrap();
     let coarse =
         |values: &[f64]| Array::from_f64(fixtures::Dtype::Bf16, &[values.len()], values).to_f64();
     let judgement = spoiled(&case, |answer| answer.out = coarse(&answer.out));
@@ -96,7 +97,7 @@ fn float32_computed_in_bfloat16_fails() {
 
 #[test]
 fn the_worst_row_is_told_with_its_rank_and_local_token() {
-    let case: Case = BF16.parse().unwrap();
+    let case: AttentionCase = BF16.parse().unwrap();
     let judgement = spoiled(&case, |answer| {
         answer.dq[row(&case, 8, 0, 30, 5)].fill(9.0);
     });
@@ -107,7 +108,7 @@ fn the_worst_row_is_told_with_its_rank_and_local_token() {
 
 #[test]
 fn an_answer_in_the_wrong_shape_fails_with_both_shapes() {
-    let case: Case = F32.parse().unwrap();
+    let case: AttentionCase = F32.parse().unwrap();
     let mut answers = shards(&case, &right(&case));
     answers[1].get_mut("dk").unwrap().shape = vec![2, 2, 18, 16];
     let judgement = judged(&case, Due::Answer, ok(answers));
@@ -121,8 +122,8 @@ fn an_answer_in_the_wrong_shape_fails_with_both_shapes() {
 
 #[test]
 fn an_answer_in_the_wrong_dtype_fails() {
-    let case: Case = BF16.parse().unwrap();
-    let wide = Case {
+    let case: AttentionCase = BF16.parse().unwrap();
+    let wide = AttentionCase {
         dtype: fixtures::Dtype::F32,
         ..case.clone()
     };
@@ -136,7 +137,7 @@ fn an_answer_in_the_wrong_dtype_fails() {
 
 #[test]
 fn a_missing_tensor_fails_by_name() {
-    let case: Case = F32.parse().unwrap();
+    let case: AttentionCase = F32.parse().unwrap();
     let mut answers = shards(&case, &right(&case));
     answers[0].remove("dv");
     let judgement = judged(&case, Due::Answer, ok(answers));
@@ -200,7 +201,7 @@ fn what_every_rank_says_decides(
 
 #[test]
 fn ranks_that_disagree_whether_to_answer_fail() {
-    let case: Case = F32.parse().unwrap();
+    let case: AttentionCase = F32.parse().unwrap();
     for due in [Due::Answer, Due::Refusal(Cause::Unclaimed(Feature::Batch))] {
         let mut answers = ok(shards(&case, &right(&case)));
         answers[1] = said(AnswerStatus::Error, "boom");
@@ -212,7 +213,7 @@ fn ranks_that_disagree_whether_to_answer_fail() {
 
 #[test]
 fn a_wrong_answer_beyond_the_claim_fails_and_a_right_one_passes() {
-    let case: Case = F32.parse().unwrap();
+    let case: AttentionCase = F32.parse().unwrap();
     let due = Due::Refusal(Cause::Unclaimed(Feature::GroupedKv));
     let mut answer = right(&case);
     let judgement = judged(&case, due, ok(shards(&case, &answer)));
@@ -232,7 +233,7 @@ fn a_wrong_answer_beyond_the_claim_fails_and_a_right_one_passes() {
 
 #[test]
 fn garbage_crashes_and_hangs_are_told_apart() {
-    let case: Case = F32.parse().unwrap();
+    let case: AttentionCase = F32.parse().unwrap();
     let answers = vec![Err("not a safetensors file".to_owned()), Err(String::new())];
     let judgement = judged(&case, Due::Answer, answers);
     assert_eq!(judgement.verdict, Verdict::Fail);

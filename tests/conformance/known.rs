@@ -9,7 +9,7 @@ mod spoiled;
 use std::fs;
 use std::path::PathBuf;
 
-use fixtures::{Case, Feature};
+use fixtures::{AttentionCase, Case, Feature};
 use program::{Run, fake, program};
 use rstest::rstest;
 use spoiled::{How, Spoiled, summary};
@@ -25,11 +25,11 @@ const LONG: &str = "attention/p2-b1-s12-hq2-hkv2-d4-full-f32-gaussian-seed7";
 const OTHER: &str = "attention/p2-b1-s60-hq8-hkv2-d16-causal-f32-gaussian-seed0";
 
 /// The long case is wrong.
-fn long(case: &Case) -> Option<How> {
+fn long(case: &AttentionCase) -> Option<How> {
     (case.sequence == 12).then_some(How::Output)
 }
 
-fn both(_: &Case) -> Option<How> {
+fn both(_: &AttentionCase) -> Option<How> {
     Some(How::Crash)
 }
 
@@ -51,7 +51,7 @@ fn cases() -> Vec<Case> {
 
 /// Judges both cases; gives what became of them, and what is wrong with the
 /// file.
-fn judged(text: &str, how: fn(&Case) -> Option<How>) -> (Summary, Vec<String>) {
+fn judged(text: &str, how: fn(&AttentionCase) -> Option<How>) -> (Summary, Vec<String>) {
     let (_folder, file) = file(text);
     let mut known = KnownFailures::load(&file).unwrap();
     let summary = summary(&mut Spoiled::new(how), &[SHORT, LONG], &mut known);

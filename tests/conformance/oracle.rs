@@ -3,12 +3,12 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use approx::assert_relative_eq;
-use fixtures::{Array, Case, Dtype, Input, Inputs, Structure, values};
+use fixtures::{Array, AttentionCase, Dtype, Input, Inputs, Structure, values};
 use rstest::rstest;
 use ulysses_conformance::oracle::{attention, attention_dropped};
 
 /// <dO, attention(inputs)>, of which the gradients are the derivatives.
-fn loss(case: &Case, inputs: &Inputs, dropout: Option<&[f64]>) -> f64 {
+fn loss(case: &AttentionCase, inputs: &Inputs, dropout: Option<&[f64]>) -> f64 {
     let out = attention_dropped(case, inputs, dropout).unwrap().out;
     out.iter()
         .zip(inputs.dout.to_f64())
@@ -35,7 +35,7 @@ fn change(inputs: &mut Inputs, input: Input, element: usize, change: impl Fn(f64
 }
 
 /// A multiplier of weights of which about a third is dropped.
-fn dropout_of(case: &Case) -> Option<Vec<f64>> {
+fn dropout_of(case: &AttentionCase) -> Option<Vec<f64>> {
     let probability = f64::from(case.extras.dropout?) / 100.0;
     let weights = case.batch * case.query_heads * case.sequence * case.kv_sequence();
     let drops = |i: usize| i * 7 % 10 < 3;
@@ -75,7 +75,7 @@ fn dropout_of(case: &Case) -> Option<Vec<f64>> {
     "attention/p1-b2-s6-hq4-hkv2-d6-causal-f64-onehot-seed1-dv7-window4-docs2-padright-blocks2-\
      alibi-sinks-norms-rope-softcap3-scale80-dropout30"
 )]
-fn gradients_are_finite_differences_of_the_forward(#[case] case: Case) {
+fn gradients_are_finite_differences_of_the_forward(#[case] case: AttentionCase) {
     let inputs = Inputs::of(&case);
     let dropout = dropout_of(&case);
     let answer = attention_dropped(&case, &inputs, dropout.as_deref()).unwrap();
@@ -120,7 +120,7 @@ fn gradients_are_finite_differences_of_the_forward(#[case] case: Case) {
 #[case::cross("attention/p1-b2-s3-hq4-hkv2-d3-full-f64-gaussian-seed1-dv2-cross7-sinks")]
 #[case::blind("attention/p1-b2-s8-hq4-hkv2-d3-causal-f64-gaussian-seed1-padleft-blocks2")]
 #[case::blind_sinks("attention/p1-b2-s8-hq4-hkv2-d3-causal-f64-gaussian-seed1-padright-sinks")]
-fn the_forward_is_the_softmax_of_what_each_query_sees(#[case] case: Case) {
+fn the_forward_is_the_softmax_of_what_each_query_sees(#[case] case: AttentionCase) {
     let inputs = Inputs::of(&case);
     let out = attention(&case, &inputs).unwrap().out;
     let (q, k) = (
@@ -174,7 +174,7 @@ fn the_forward_is_the_softmax_of_what_each_query_sees(#[case] case: Case) {
 }
 
 /// Q or K with norm and rotation, one number at a time.
-fn heads(case: &Case, inputs: &Inputs, input: Input) -> Vec<f64> {
+fn heads(case: &AttentionCase, inputs: &Inputs, input: Input) -> Vec<f64> {
     let (weight, tokens) = match input {
         Input::Query => (Input::QueryNorm, case.sequence),
         _ => (Input::KeyNorm, case.kv_sequence()),
@@ -224,7 +224,7 @@ fn nothing_leaks_from_one_document_into_another(
     #[values("docs3", "ends3")] documents: &str,
 ) {
     let name = format!("attention/p1-b2-s12-hq4-hkv2-d4-{mask}-f64-gaussian-seed1-{documents}");
-    let case: Case = name.parse().unwrap();
+    let case: AttentionCase = name.parse().unwrap();
     let structure = Structure::of(&case);
     let inputs = Inputs::of(&case);
     let answer = attention(&case, &inputs).unwrap();
@@ -262,7 +262,7 @@ fn nothing_leaks_from_one_document_into_another(
 fn padding_has_no_say_and_gets_no_gradient() {
     for padding in ["padleft", "padright"] {
         let name = format!("attention/p1-b2-s12-hq4-hkv2-d4-causal-f64-gaussian-seed1-{padding}");
-        let case: Case = name.parse().unwrap();
+        let case: AttentionCase = name.parse().unwrap();
         let structure = Structure::of(&case);
         let answer = attention(&case, &Inputs::of(&case)).unwrap();
         for (tensor, values) in answer.iter() {
@@ -284,7 +284,7 @@ fn padding_has_no_say_and_gets_no_gradient() {
 /// What does not change the dense answer.
 #[test]
 fn how_a_case_is_asked_does_not_change_its_answer() {
-    let plain: Case = "attention/p2-b1-s12-hq4-hkv2-d4-causal-f64-gaussian-seed1"
+    let plain: AttentionCase = "attention/p2-b1-s12-hq4-hkv2-d4-causal-f64-gaussian-seed1"
         .parse()
         .unwrap();
     let answer = attention(&plain, &Inputs::of(&plain)).unwrap();
@@ -297,7 +297,7 @@ fn how_a_case_is_asked_does_not_change_its_answer() {
         "fixed",
         "debug3",
     ] {
-        let case: Case = format!("{plain}-{parts}").parse().unwrap();
+        let case: AttentionCase = format!("{plain}-{parts}").parse().unwrap();
         assert_eq!(
             attention(&case, &Inputs::of(&case)).unwrap(),
             answer,

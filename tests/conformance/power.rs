@@ -5,7 +5,7 @@
 mod answers;
 
 use answers::spoiled;
-use fixtures::Case;
+use fixtures::AttentionCase;
 use fixtures::exchange::Precision;
 use rstest::rstest;
 use ulysses_conformance::judge::power::{Power, of_case};
@@ -19,7 +19,7 @@ const SMALLEST: f64 = 1e-7;
 
 const POWERLESS: &str = "attention/p2-b1-s2-hq2-hkv1-d4-causal-f16-peaked-seed1";
 
-fn powers(case: &Case) -> Vec<Power> {
+fn powers(case: &AttentionCase) -> Vec<Power> {
     of_case(case, Precision::default()).unwrap()
 }
 
@@ -41,7 +41,7 @@ fn is_seen(judgement: &Judgement) -> bool {
 fn a_tensor_wrong_by_more_than_the_smallest_factor_is_seen_and_one_wrong_by_less_is_not(
     #[values(F32, BF16)] name: &str,
 ) {
-    let case: Case = name.parse().unwrap();
+    let case: AttentionCase = name.parse().unwrap();
     for power in powers(&case) {
         let by = |factor: f64| {
             spoiled(&case, |answer| {
@@ -65,7 +65,7 @@ fn of_rows_that_are_lost_the_judge_sees_the_share_that_is_said(
     #[case] tensor: AnswerTensor,
     #[case] share: f64,
 ) {
-    let case: Case = name.parse().unwrap();
+    let case: AttentionCase = name.parse().unwrap();
     let said = powers(&case).into_iter().find(|p| p.tensor == tensor);
     assert_eq!(said.unwrap().rows, share);
     let mut right = answers::right(&case);
@@ -86,7 +86,7 @@ fn of_rows_that_are_lost_the_judge_sees_the_share_that_is_said(
 
 #[test]
 fn a_case_that_cannot_show_a_mistake_is_unclear_and_not_a_pass() {
-    let case: Case = POWERLESS.parse().unwrap();
+    let case: AttentionCase = POWERLESS.parse().unwrap();
     let judgement = spoiled(&case, |_| {});
     assert_eq!(judgement.verdict, Verdict::Unclear, "{judgement:?}");
     assert_eq!(judgement.verdict.fault(), Some("harness"));
@@ -101,7 +101,7 @@ fn a_case_that_cannot_show_a_mistake_is_unclear_and_not_a_pass() {
 
 #[test]
 fn a_wrong_answer_to_a_case_of_little_power_is_still_a_failure() {
-    let case: Case = POWERLESS.parse().unwrap();
+    let case: AttentionCase = POWERLESS.parse().unwrap();
     let judgement = spoiled(&case, |answer| answer.out[0] += 1.0);
     assert_eq!(judgement.verdict, Verdict::Fail, "{judgement:?}");
 }

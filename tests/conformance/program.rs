@@ -52,11 +52,13 @@ impl Run {
             .lines()
             .filter_map(|line| {
                 let (_, told) = line.split_once("] ")?;
-                let (head, name) = told.split_once("attention/")?;
+                // The name is the word with the first slash.
+                let (before, _) = told.split_once('/')?;
+                let (head, name) = told.split_at(before.rfind(' ')?);
                 let (name, why) = name.split_once(": ").unwrap_or((name, ""));
                 Some((
                     head.trim().to_owned(),
-                    format!("attention/{name}"),
+                    name.trim().to_owned(),
                     why.to_owned(),
                 ))
             })

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 
 use fixtures::exchange::Session;
-use fixtures::{Array, Case, Dtype, Inputs};
+use fixtures::{Array, AttentionCase, Dtype, Inputs};
 use program::{Run, fake, program, python};
 use rstest::rstest;
 use serde_json::{Value, json};
@@ -160,7 +160,7 @@ fn a_kept_failure_has_all_that_there_is_and_can_be_asked_again() {
     let judgement = fs::read_to_string(kept.join("judgement.txt")).unwrap();
     assert!(run.stdout.contains(&judgement), "{judgement}");
     let (session, _) = Session::open(&kept).unwrap();
-    let case: Case = name.parse().unwrap();
+    let case: AttentionCase = name.parse().unwrap();
     let inputs = Inputs::of(&case);
     let dout = fixtures::sharding::cut(&inputs.dout, &case.shards());
     let wrong: Vec<_> = (0..2)

@@ -5,7 +5,7 @@
 use std::iter::zip;
 
 use fixtures::exchange::{AnswerInfo, AnswerStatus, Declared, Tensors};
-use fixtures::{Array, Case, Inputs};
+use fixtures::{Array, AttentionCase, Inputs};
 use rstest::rstest;
 use tch::{Kind, Tensor};
 use ulysses_conformance::judge::{self, Due, Verdict};
@@ -43,7 +43,7 @@ fn tensor<'a>(answer: &'a mut Whole, name: &str) -> &'a mut Vec<f64> {
 /// so much, and it should be 1 and the other 3.
 fn ruling(name: &str, of: &str, dtype: &str, world: usize, off: f64) -> Ruling {
     let name_of_case = format!("attention/p{world}-b1-s1-hq1-hkv1-d2-full-{dtype}-gaussian-seed0");
-    let case: Case = name_of_case.parse().unwrap();
+    let case: AttentionCase = name_of_case.parse().unwrap();
     let mut inputs = Inputs::of(&case);
     inputs.dout = Array::from_f64(case.dtype, &[1, 1, 1, 2], &[1.0, 1.0]);
     let right = answer_of(&[1.0, 3.0]);
@@ -92,7 +92,7 @@ fn a_rule_refuses_beyond_its_tolerance(
 
 #[test]
 fn fewer_kv_heads_have_more_tolerance_in_transformer_engine() {
-    let case: Case = "attention/p2-b1-s2-hq2-hkv1-d1-full-bf16-gaussian-seed0"
+    let case: AttentionCase = "attention/p2-b1-s2-hq2-hkv1-d1-full-bf16-gaussian-seed0"
         .parse()
         .unwrap();
     let (right, answer) = (answer_of(&[1.0]), answer_of(&[1.06]));
@@ -112,7 +112,7 @@ fn fewer_kv_heads_have_more_tolerance_in_transformer_engine() {
 #[case::dq("dq", 0.75)]
 #[case::dv("dv", 0.75)]
 fn flash_attention_measures_by_dense_attention(#[case] of: &str, #[case] most: f64) {
-    let case: Case = "attention/p1-b1-s1-hq1-hkv1-d2-full-bf16-gaussian-seed0"
+    let case: AttentionCase = "attention/p1-b1-s1-hq1-hkv1-d2-full-bf16-gaussian-seed0"
         .parse()
         .unwrap();
     let (right, dense) = (answer_of(&[1.0, 3.0]), answer_of(&[1.25, 3.0]));
@@ -159,7 +159,7 @@ fn what_is_not_compared_is_accepted(#[case] name: &str, #[case] tensors: &[&str]
 /// A question with other numbers than its name says, and dense attention to it
 /// in its element type.
 struct Question {
-    case: Case,
+    case: AttentionCase,
     inputs: Inputs,
     right: Whole,
     dense: Whole,
@@ -169,7 +169,7 @@ impl Question {
     /// One sequence and one head; every number of q, k, v is made of the
     /// gaussian one, and so is every number of dout.
     fn of(name: &str, input: fn(f64) -> f64, cotangent: fn(f64) -> f64) -> Question {
-        let case: Case = name.parse().unwrap();
+        let case: AttentionCase = name.parse().unwrap();
         let mut inputs = Inputs::of(&case);
         for (array, make) in [
             (&mut inputs.q, input),
@@ -231,12 +231,13 @@ impl Question {
             .map(|rank| Ok((info.clone(), shard(rank))))
             .collect();
         let declared = Declared::default();
-        judge::judge(&self.case, &self.inputs, declared, Due::Answer, &answers).verdict
+        let question = judge::Question::with_inputs(self.case.clone(), self.inputs.clone());
+        judge::judge(&question, declared, Due::Answer, &answers).verdict
     }
 }
 
 /// Dense attention of one head in bfloat16, by libtorch.
-fn sdpa(case: &Case, inputs: &Inputs) -> Whole {
+fn sdpa(case: &AttentionCase, inputs: &Inputs) -> Whole {
     let (tokens, size) = (case.sequence as i64, case.head_size as i64);
     let tensor = |array: &Array| {
         let tensor = Tensor::from_slice(&array.to_f64()).to_kind(Kind::BFloat16);
@@ -318,7 +319,7 @@ fn largest(numbers: impl Iterator<Item = f64>) -> f64 {
 
 #[test]
 fn a_tally_says_who_caught_what() {
-    let case: Case = "attention/p2-b1-s2-hq1-hkv1-d1-full-f32-gaussian-seed0"
+    let case: AttentionCase = "attention/p2-b1-s2-hq1-hkv1-d1-full-f32-gaussian-seed0"
         .parse()
         .unwrap();
     let inputs = Inputs::of(&case);

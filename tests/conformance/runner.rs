@@ -5,9 +5,9 @@ mod answers;
 
 use std::time::Duration;
 
-use answers::{ok, right, said, shards};
-use fixtures::exchange::AnswerStatus;
-use fixtures::{Array, Case, Feature, Inputs, Structure};
+use answers::{attention, ok, right, said, shards};
+use fixtures::exchange::{AnswerStatus, CaseInfo, Tensors};
+use fixtures::{Array, AttentionCase, Case, Feature, Structure};
 use rstest::rstest;
 use ulysses_conformance::implementation::{
     Claims, Collapse, Failure, Implementation, Interrupt, RankAnswer,
@@ -21,7 +21,7 @@ type Answers = Result<Vec<RankAnswer>, Failure>;
 /// Claims all but some features, and answers rightly but for what is spoiled.
 struct Fake {
     unclaimed: Vec<Feature>,
-    asked: Vec<Case>,
+    asked: Vec<AttentionCase>,
     /// Is given the number of the question, from 1 on.
     spoil: fn(usize, &mut Answers),
 }
@@ -41,9 +41,10 @@ impl Implementation for Fake {
         })
     }
 
-    fn ask(&mut self, case: &Case, _inputs: &Inputs) -> Answers {
+    fn ask(&mut self, posed: Vec<(CaseInfo, Tensors)>) -> Answers {
+        let case = attention(&posed);
         self.asked.push(case.clone());
-        let mut answers = Ok(ok(shards(case, &right(case))));
+        let mut answers = Ok(ok(shards(&case, &right(&case))));
         for (info, _) in answers.iter_mut().flatten().flatten() {
             info.elapsed_s = 2.0;
         }
@@ -66,7 +67,7 @@ fn record(parts: &str, spoil: fn(usize, &mut Answers)) -> (Record, Vec<String>) 
     };
     let name = format!("attention/p2-b1-s12-hq4-hkv2-d8-causal-f32-gaussian-seed3-{parts}");
     let record = records(&mut fake, &[name]).remove(0);
-    let asked = fake.asked.iter().map(Case::to_string).collect();
+    let asked = fake.asked.iter().map(AttentionCase::to_string).collect();
     (record, asked)
 }
 

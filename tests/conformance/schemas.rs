@@ -14,7 +14,7 @@ use fixtures::exchange::{
     self, AnswerInfo, AnswerStatus, CaseInfo, Declared, Hello, Judge, PROTOCOL, Parameters,
     Precision, Session, SessionInfo, Upstream,
 };
-use fixtures::{Case, Feature, Inputs};
+use fixtures::{Case, Feature};
 use rstest::rstest;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -49,9 +49,16 @@ fn session_info() -> SessionInfo {
     }
 }
 
+fn info(name: &str) -> CaseInfo {
+    exchange::posed(&name.parse().unwrap()).remove(0).0
+}
+
 fn case_info() -> CaseInfo {
-    let case: Case = NAME.parse().unwrap();
-    exchange::shards(&case, &Inputs::of(&case), 0).remove(0).0
+    info(NAME)
+}
+
+fn loss_info() -> CaseInfo {
+    info("loss/p2-b1-s8-v5-f32-seed0")
 }
 
 fn answer_info(status: AnswerStatus) -> AnswerInfo {
@@ -107,21 +114,33 @@ fn what_rust_writes_is_valid() {
 }
 
 #[rstest]
-#[case::plain("p1-b2-s6-hq4-hkv2-d16-causal-f32-gaussian-seed18446744073709551615")]
+#[case::plain("attention/p1-b2-s6-hq4-hkv2-d16-causal-f32-gaussian-seed18446744073709551615")]
 #[case::all(
-    "p2-b2-s8-hq4-hkv2-d16-full-bf16-onehot-seed0-dv9-zigzag-window3-ends2-padleft-blocks4\
+    "attention/p2-b2-s8-hq4-hkv2-d16-full-bf16-onehot-seed0-dv9-zigzag-window3-ends2-padleft-blocks4\
      -alibi-sinks-norms-mrope-softcap5-scale7-dropout25-transposed-recompute-fixed"
 )]
-#[case::cross("p2-b2-s6-hq4-hkv2-d16-full-f64-peaked-seed0-cross9-striped-expanded-debug3")]
-#[case::eval("p3-b1-s2-hq4-hkv2-d16-causal-f16-peaked-seed0-eval-docs2-rope")]
-#[case::bad_window("p2-b1-s6-hq4-hkv2-d16-causal-f32-peaked-seed0-window3-bad:window")]
-#[case::bad_softcap("p2-b1-s6-hq4-hkv2-d16-causal-f32-peaked-seed0-softcap3-bad:softcap")]
-#[case::bad_dropout("p2-b1-s6-hq4-hkv2-d16-causal-f32-onehot-seed0-dropout3-bad:dropout")]
-#[case::bad_length("p2-b1-s6-hq4-hkv2-d16-causal-f32-peaked-seed0-fixed-bad:length")]
-#[case::bad_layers("p2-b1-s6-hq4-hkv2-d16-causal-f32-peaked-seed0-debug3-bad:layers")]
+#[case::cross(
+    "attention/p2-b2-s6-hq4-hkv2-d16-full-f64-peaked-seed0-cross9-striped-expanded-debug3"
+)]
+#[case::eval("attention/p3-b1-s2-hq4-hkv2-d16-causal-f16-peaked-seed0-eval-docs2-rope")]
+#[case::bad_window("attention/p2-b1-s6-hq4-hkv2-d16-causal-f32-peaked-seed0-window3-bad:window")]
+#[case::bad_softcap("attention/p2-b1-s6-hq4-hkv2-d16-causal-f32-peaked-seed0-softcap3-bad:softcap")]
+#[case::bad_dropout("attention/p2-b1-s6-hq4-hkv2-d16-causal-f32-onehot-seed0-dropout3-bad:dropout")]
+#[case::bad_length("attention/p2-b1-s6-hq4-hkv2-d16-causal-f32-peaked-seed0-fixed-bad:length")]
+#[case::bad_layers("attention/p2-b1-s6-hq4-hkv2-d16-causal-f32-peaked-seed0-debug3-bad:layers")]
+#[case::loss("loss/p3-b2-s7-v11-bf16-seed0-ignorerank-dloss25")]
+#[case::loss_of_hidden("loss/p2-b1-s8-v5-f64-seed0-hidden3-large-ignoreall")]
+#[case::batch("batch/p2-b2-s16-seed0-zigzag-docs3-across-mask-pad8")]
+#[case::stream("batch/p2-b2-s17-seed0-ends3-stream2-lengths-ragged-epochs2")]
+#[case::bad_pad("batch/p2-b2-s17-seed0-pad8-bad:pad")]
+#[case::mesh("mesh/p4-replicate2-shard1-sp2-seed0-mpu-sums")]
+#[case::bad_product("mesh/p4-replicate2-shard1-sp2-seed0-bad:product")]
+#[case::bad_size("mesh/p4-replicate2-shard1-sp2-seed0-bad:zero")]
+#[case::bad_labels("loss/p2-b1-s8-v5-f32-seed0-bad:labels")]
+#[case::bad_labels_length("loss/p2-b1-s8-v5-f16-seed0-bad:length")]
 fn every_part_of_a_case_is_valid(#[case] name: &str) {
-    let case: Case = format!("attention/{name}").parse().unwrap();
-    for (info, _) in exchange::shards(&case, &Inputs::of(&case), 0) {
+    let case: Case = name.parse().unwrap();
+    for (info, _) in exchange::posed(&case) {
         assert_valid("case", &json!(info));
     }
 }
@@ -132,6 +151,14 @@ fn every_part_of_a_case_is_valid(#[case] name: &str) {
 #[case::sharding("case", json!(case_info()), "sharding", json!("random"))]
 #[case::rotary("case", json!(case_info()), "rotary", json!({"base": 4.0, "sections": [1, 2]}))]
 #[case::untold("case", json!(case_info()), "window", json!("none"))]
+#[case::of_other_profile("case", json!(case_info()), "vocabulary", json!(5))]
+#[case::no_profile("case", json!(case_info()), "profile", json!("lose"))]
+#[case::labels("case", json!(loss_info()), "ignore_index", Value::Null)]
+#[case::no_vocabulary("case", json!(loss_info()), "vocabulary", json!(0))]
+#[case::of_attention("case", json!(loss_info()), "scale", json!(1.0))]
+#[case::no_rows("case", json!(info("batch/p2-b2-s16-seed0")), "batch", json!(0))]
+#[case::fill("case", json!(info("batch/p2-b2-s16-seed0")), "padding", json!({"multiple": 8}))]
+#[case::axis("case", json!(info("mesh/p2-replicate1-shard1-sp2-seed0")), "tp", json!(1))]
 #[case::unknown("answer", json!(answer_info(AnswerStatus::Ok)), "status", json!("fine"))]
 #[case::more("answer", json!(answer_info(AnswerStatus::Ok)), "mood", json!("good"))]
 fn what_is_not_of_the_schema_is_seen(
@@ -156,9 +183,8 @@ fn metadata(path: &Path, key: &str) -> Value {
 fn what_the_python_kit_writes_is_valid() {
     let folder = TempDir::new().unwrap();
     let session = Session::create(folder.path(), &session_info()).unwrap();
-    let right: Case = NAME.parse().unwrap();
     session
-        .pose(&exchange::shards(&right, &Inputs::of(&right), 0))
+        .pose(&exchange::posed(&NAME.parse().unwrap()))
         .unwrap();
     let mut kit = Command::new(program::python())
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("adapters/torch_plain.py"))

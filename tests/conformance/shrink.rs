@@ -5,7 +5,7 @@ mod answers;
 mod program;
 mod spoiled;
 
-use fixtures::{Case, Content, Dtype, Feature};
+use fixtures::{AttentionCase, Case, Content, Dtype, Feature};
 use program::{Run, fake, program};
 use spoiled::{How, Spoiled, summary};
 use ulysses_conformance::implementation::Interrupt;
@@ -14,9 +14,18 @@ use ulysses_conformance::shrink::{Smallest, distinct, smallest};
 
 const LARGE: &str = "attention/p3-b2-s60-hq12-hkv6-d16-causal-bf16-peaked-seed5";
 
+/// How many tokens the case has.
+fn sequence(case: &Case) -> usize {
+    case.attention().unwrap().sequence
+}
+
 /// The smallest case that fails as this one does, and how many questions that
 /// took.
-fn shrunk(name: &str, how: fn(&Case) -> Option<How>, unclaimed: &[Feature]) -> (Smallest, usize) {
+fn shrunk(
+    name: &str,
+    how: fn(&AttentionCase) -> Option<How>,
+    unclaimed: &[Feature],
+) -> (Smallest, usize) {
     let mut spoiled = Spoiled::new(how);
     spoiled.unclaimed = unclaimed.to_vec();
     let summary = summary(&mut spoiled, &[name], &mut KnownFailures::default());
@@ -27,7 +36,7 @@ fn shrunk(name: &str, how: fn(&Case) -> Option<How>, unclaimed: &[Feature]) -> (
     (smallest, spoiled.asked.len() - before)
 }
 
-type When = fn(&Case) -> Option<How>;
+type When = fn(&AttentionCase) -> Option<How>;
 
 const PARTS: &str = "attention/p2-b2-s20-hq4-hkv2-d16-causal-f64-peaked-seed1-window7-rope-again";
 const CROSS: &str = "attention/p2-b2-s20-hq4-hkv2-d16-full-f64-peaked-seed1-cross9-sinks";
@@ -105,7 +114,7 @@ fn what_a_failure_does_not_need_goes() {
 #[test]
 fn another_failure_is_not_taken_for_it() {
     // On one rank it raises an error, and for one head dq is wrong.
-    let how = |case: &Case| match (case.world, case.query_heads) {
+    let how = |case: &AttentionCase| match (case.world, case.query_heads) {
         (1, _) => Some(How::Error),
         (_, 1) => Some(How::QueryGradient),
         _ => Some(How::Output),
@@ -118,7 +127,7 @@ fn another_failure_is_not_taken_for_it() {
 #[test]
 fn what_is_not_claimed_is_not_asked() {
     let unclaimed = [Feature::MaskFull, Feature::FewerQueryHeadsThanRanks];
-    let how = |case: &Case| (case.world > 1).then_some(How::Output);
+    let how = |case: &AttentionCase| (case.world > 1).then_some(How::Output);
     let (smallest, _) = shrunk(LARGE, how, &unclaimed);
     let due = "attention/p2-b1-s1-hq2-hkv1-d1-causal-f32-gaussian-seed0";
     assert_eq!(smallest.case.to_string(), due);
@@ -128,7 +137,8 @@ fn what_is_not_claimed_is_not_asked() {
 #[test]
 fn silence_beyond_a_limit_shrinks_to_silence_beyond_it() {
     let name = "attention/p2-b2-s21-hq4-hkv2-d8-full-f32-gaussian-seed1-sinks";
-    let how = |case: &Case| (!case.sequence.is_multiple_of(case.world)).then_some(How::Output);
+    let how =
+        |case: &AttentionCase| (!case.sequence.is_multiple_of(case.world)).then_some(How::Output);
     let (smallest, _) = shrunk(name, how, &[Feature::UnevenSequence]);
     let due = "attention/p2-b1-s1-hq1-hkv1-d1-full-f32-gaussian-seed0";
     assert_eq!(smallest.case.to_string(), due);
@@ -138,11 +148,14 @@ fn silence_beyond_a_limit_shrinks_to_silence_beyond_it() {
 fn a_search_ends_after_sixty_asks_and_says_so() {
     // Only ever one token fewer, and one head fewer, fails.
     let name = "attention/p1-b1-s200-hq1-hkv1-d2-full-f32-gaussian-seed0";
-    let how = |case: &Case| (case.sequence > 100).then_some(How::Output);
+    let how = |case: &AttentionCase| (case.sequence > 100).then_some(How::Output);
     let (smallest, asks) = shrunk(name, how, &[]);
     assert!(!smallest.is_complete);
     assert_eq!(asks, 60);
-    assert!((101..200).contains(&smallest.case.sequence), "{smallest:?}");
+    assert!(
+        (101..200).contains(&sequence(&smallest.case)),
+        "{smallest:?}"
+    );
 }
 
 #[test]
@@ -160,7 +173,10 @@ fn failures_of_one_kind_are_shrunk_once() {
     let summary = summary(&mut spoiled, &names, &mut KnownFailures::default());
     let lengths = |most| -> Vec<usize> {
         let distinct = distinct(&summary.records, most);
-        distinct.iter().map(|record| record.case.sequence).collect()
+        distinct
+            .iter()
+            .map(|record| sequence(&record.case))
+            .collect()
     };
     assert_eq!(lengths(5), [5, 6, 8]);
     assert_eq!(lengths(2), [5, 6]);
@@ -187,7 +203,7 @@ fn somebody_elses_failure_is_shrunk_too() {
         .unwrap()
         .split_once("--case ")
         .unwrap();
-    let case: Case = name.parse().unwrap();
+    let case: AttentionCase = name.parse().unwrap();
     assert_eq!((case.query_heads, case.kv_heads), (4, 2), "{name}");
     assert_eq!((case.world, case.batch), (1, 1), "{name}");
     assert!(case.sequence <= 3 && case.head_size <= 2, "{name}");

@@ -2,15 +2,15 @@
 // Not every test uses all of it.
 #![allow(dead_code)]
 
-use fixtures::exchange::AnswerStatus;
-use fixtures::{Case, Feature, Inputs};
+use fixtures::exchange::{AnswerStatus, CaseInfo, Tensors};
+use fixtures::{AttentionCase, Case, Feature};
 use ulysses_conformance::implementation::{
     Claims, Collapse, Failure, Implementation, Interrupt, RankAnswer,
 };
 use ulysses_conformance::known::KnownFailures;
 use ulysses_conformance::runner::{Summary, run};
 
-use crate::answers::{ok, right, said, shards};
+use crate::answers::{attention, ok, right, said, shards};
 
 /// How it goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,12 +28,12 @@ pub(crate) enum How {
 /// Goes wrong in the cases in which `how` says so.
 pub(crate) struct Spoiled {
     pub(crate) unclaimed: Vec<Feature>,
-    pub(crate) how: fn(&Case) -> Option<How>,
-    pub(crate) asked: Vec<Case>,
+    pub(crate) how: fn(&AttentionCase) -> Option<How>,
+    pub(crate) asked: Vec<AttentionCase>,
 }
 
 impl Spoiled {
-    pub(crate) fn new(how: fn(&Case) -> Option<How>) -> Spoiled {
+    pub(crate) fn new(how: fn(&AttentionCase) -> Option<How>) -> Spoiled {
         Spoiled {
             unclaimed: Vec::new(),
             how,
@@ -57,10 +57,11 @@ impl Implementation for Spoiled {
         })
     }
 
-    fn ask(&mut self, case: &Case, _inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure> {
+    fn ask(&mut self, posed: Vec<(CaseInfo, Tensors)>) -> Result<Vec<RankAnswer>, Failure> {
+        let case = attention(&posed);
         self.asked.push(case.clone());
-        let mut answer = right(case);
-        match (self.how)(case) {
+        let mut answer = right(&case);
+        match (self.how)(&case) {
             None => {}
             Some(How::Output) => answer.out[0] += 1.0,
             Some(How::QueryGradient) => answer.dq[0] += 1.0,
@@ -72,7 +73,7 @@ impl Implementation for Spoiled {
                 }));
             }
         }
-        Ok(ok(shards(case, &answer)))
+        Ok(ok(shards(&case, &answer)))
     }
 }
 

@@ -5,12 +5,12 @@
 //! four element types.
 
 use fixtures::{
-    Case, Content, Defect, Documents, Dtype, Extras, Mask, Padding, Rotary, Sharding, State,
-    Strides,
+    AttentionCase, Content, Defect, Documents, Dtype, Extras, Mask, Padding, Rotary, Sharding,
+    State, Strides,
 };
 
 /// A change to the plain case.
-type Change = fn(&mut Case);
+type Change = fn(&mut AttentionCase);
 
 /// Where a rank's tokens, heads and memory are.
 const HELD: [Change; 14] = [
@@ -161,7 +161,7 @@ const MANY_RANKS: [Change; 8] = [
 ];
 
 /// The cases beyond plain attention on this many ranks.
-pub(super) fn cases(world: usize) -> impl Iterator<Item = Case> {
+pub(super) fn cases(world: usize) -> impl Iterator<Item = AttentionCase> {
     let one_head_each = (world == 4).then_some(&ONE_HEAD_EACH);
     let changes = HELD.iter().chain(&MASKS).chain(&SCORES).chain(&STATES);
     changes
@@ -175,20 +175,20 @@ pub(super) fn cases(world: usize) -> impl Iterator<Item = Case> {
 }
 
 /// The cases on eight ranks.
-pub(super) fn many_ranks() -> impl Iterator<Item = Case> {
+pub(super) fn many_ranks() -> impl Iterator<Item = AttentionCase> {
     let changes = MANY_RANKS.iter().enumerate();
     changes.map(|(i, change)| changed(8, i, *change))
 }
 
 /// The plain case with a change. Content and heads are those that say most: of
 /// which token and which head an answer is.
-fn changed(world: usize, turn: usize, change: Change) -> Case {
+fn changed(world: usize, turn: usize, change: Change) -> AttentionCase {
     let (query_heads, kv_heads, head_size) = match world {
         3 => (6, 3, 16),
         8 => (16, 4, 24),
         _ => (8, 4, 16),
     };
-    let mut case = Case {
+    let mut case = AttentionCase {
         world,
         batch: 2,
         sequence: 60,
@@ -206,7 +206,7 @@ fn changed(world: usize, turn: usize, change: Change) -> Case {
 }
 
 /// Dropout, where values show which weights were dropped.
-fn dropped(case: &mut Case, mask: Mask) {
+fn dropped(case: &mut AttentionCase, mask: Mask) {
     (case.mask, case.sequence, case.extras.value_size) = (mask, 36, Some(36));
     (case.content, case.extras.dropout) = (Content::Onehot, Some(30));
     // What a weight was is not to be read from halves.

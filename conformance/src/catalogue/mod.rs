@@ -6,22 +6,42 @@
 //! a case differ from one another and from those of its shards: a dimension
 //! taken for another changes a shape.
 
+mod batch;
 mod beyond;
+mod loss;
+mod mesh;
+mod model;
 mod plain;
 pub mod random;
+mod tiled;
 mod traced;
 
-use fixtures::Case;
+use fixtures::{AttentionCase, Case};
 
 /// Every case of the catalogue.
 pub fn cases() -> Vec<Case> {
-    [1, 2, 3, 4]
-        .into_iter()
-        .flat_map(|world| {
-            plain::cases(world)
-                .chain(traced::cases(world))
-                .chain(beyond::cases(world))
-        })
-        .chain(beyond::many_ranks())
-        .collect()
+    let of_world = |world| {
+        let attention = attention_on(world).map(Case::from);
+        attention
+            .chain(loss::cases(world).map(Case::from))
+            .chain(tiled::cases(world).map(Case::from))
+            .chain(batch::cases(world).map(Case::from))
+            .chain(mesh::cases(world).map(Case::from))
+            .chain(model::cases(world).map(Case::from))
+    };
+    let many_ranks = beyond::many_ranks().map(Case::from);
+    let many_ranks = many_ranks.chain(mesh::many_ranks().map(Case::from));
+    (1..=4).flat_map(of_world).chain(many_ranks).collect()
+}
+
+/// Every case of attention.
+pub fn attention() -> Vec<AttentionCase> {
+    let many_ranks = beyond::many_ranks();
+    (1..=4).flat_map(attention_on).chain(many_ranks).collect()
+}
+
+fn attention_on(world: usize) -> impl Iterator<Item = AttentionCase> {
+    plain::cases(world)
+        .chain(traced::cases(world))
+        .chain(beyond::cases(world))
 }

@@ -5,7 +5,7 @@
 //! each value of them meets each of the others' many times at a twelfth of the
 //! whole product's cost.
 
-use fixtures::{Case, Content, Dtype, Extras, Mask};
+use fixtures::{AttentionCase, Content, Dtype, Extras, Mask};
 
 /// (query heads, KV heads): MHA, GQA, MQA, and head counts that are no powers
 /// of two.
@@ -47,13 +47,13 @@ const AWKWARD_SIZES: [(usize, usize, usize, usize, usize); 4] = [
 const IDLE_RANKS: (usize, usize, usize, usize, usize) = (4, 2, 2, 16, 36);
 
 /// The plain cases on this many ranks.
-pub(super) fn cases(world: usize) -> impl Iterator<Item = Case> {
+pub(super) fn cases(world: usize) -> impl Iterator<Item = AttentionCase> {
     even_sequences(world)
         .chain(uneven_sequences(world))
         .chain(odd_sizes(world))
 }
 
-fn even_sequences(world: usize) -> impl Iterator<Item = Case> {
+fn even_sequences(world: usize) -> impl Iterator<Item = AttentionCase> {
     let grid = HEADS.into_iter().flat_map(|heads| {
         Mask::ALL
             .into_iter()
@@ -64,7 +64,7 @@ fn even_sequences(world: usize) -> impl Iterator<Item = Case> {
     grid.enumerate()
         .map(move |(i, ((query_heads, kv_heads), mask, dtype))| {
             let (batch, head_size, sequence, content) = TURNS[(5 * i + i / 12 + world) % 12];
-            Case {
+            AttentionCase {
                 world,
                 batch,
                 sequence,
@@ -80,7 +80,7 @@ fn even_sequences(world: usize) -> impl Iterator<Item = Case> {
         })
 }
 
-fn uneven_sequences(world: usize) -> impl Iterator<Item = Case> {
+fn uneven_sequences(world: usize) -> impl Iterator<Item = AttentionCase> {
     UNEVEN_SEQUENCES
         .into_iter()
         .filter(move |sequence| !sequence.is_multiple_of(world))
@@ -88,39 +88,43 @@ fn uneven_sequences(world: usize) -> impl Iterator<Item = Case> {
             // The first pair of head counts that `world` divides, then GQA.
             let plain = if world == 3 { (6, 3) } else { (8, 8) };
             [plain, (12, 3)].into_iter().flat_map(move |heads| {
-                [(Mask::Full, Dtype::F32), (Mask::Causal, Dtype::Bf16)].map(|(mask, dtype)| Case {
-                    world,
-                    batch: 1,
-                    sequence,
-                    query_heads: heads.0,
-                    kv_heads: heads.1,
-                    head_size: 16,
-                    mask,
-                    dtype,
-                    content: Content::Peaked,
-                    seed: 0,
-                    extras: Extras::default(),
+                [(Mask::Full, Dtype::F32), (Mask::Causal, Dtype::Bf16)].map(|(mask, dtype)| {
+                    AttentionCase {
+                        world,
+                        batch: 1,
+                        sequence,
+                        query_heads: heads.0,
+                        kv_heads: heads.1,
+                        head_size: 16,
+                        mask,
+                        dtype,
+                        content: Content::Peaked,
+                        seed: 0,
+                        extras: Extras::default(),
+                    }
                 })
             })
         })
 }
 
-fn odd_sizes(world: usize) -> impl Iterator<Item = Case> {
+fn odd_sizes(world: usize) -> impl Iterator<Item = AttentionCase> {
     AWKWARD_SIZES
         .into_iter()
         .chain([IDLE_RANKS])
         .filter(move |&(of_world, ..)| of_world == world)
-        .map(|(world, query_heads, kv_heads, head_size, sequence)| Case {
-            world,
-            batch: 1,
-            sequence,
-            query_heads,
-            kv_heads,
-            head_size,
-            mask: Mask::Causal,
-            dtype: Dtype::F32,
-            content: Content::Gaussian,
-            seed: 0,
-            extras: Extras::default(),
-        })
+        .map(
+            |(world, query_heads, kv_heads, head_size, sequence)| AttentionCase {
+                world,
+                batch: 1,
+                sequence,
+                query_heads,
+                kv_heads,
+                head_size,
+                mask: Mask::Causal,
+                dtype: Dtype::F32,
+                content: Content::Gaussian,
+                seed: 0,
+                extras: Extras::default(),
+            },
+        )
 }

@@ -1,13 +1,15 @@
 //! Cases that nobody chose: as many as one likes, drawn from a seed.
 //!
 //! Sizes are small, so that thousands take minutes, and everything meets
-//! everything: what [`Case::check`] calls meaningless is drawn anew.
+//! everything: what [`AttentionCase::check`] calls meaningless is drawn anew.
 
 use fixtures::random::{hash, mix};
-use fixtures::{Case, Content, Documents, Dtype, Extras, Mask, Padding, Rotary, Sharding, Strides};
+use fixtures::{
+    AttentionCase, Content, Documents, Dtype, Extras, Mask, Padding, Rotary, Sharding, Strides,
+};
 
 /// The first `count` cases that `seed` draws.
-pub fn cases(count: usize, seed: u64) -> impl Iterator<Item = Case> {
+pub fn cases(count: usize, seed: u64) -> impl Iterator<Item = AttentionCase> {
     (0..)
         .map(move |number| draw(&mut Draws::new(seed, number)))
         // Nobody is known to have ranks without a query head.
@@ -46,7 +48,7 @@ impl Draws {
     }
 }
 
-fn draw(draws: &mut Draws) -> Case {
+fn draw(draws: &mut Draws) -> AttentionCase {
     let world = 1 + draws.below(4);
     let kv_heads = draws.from(&[1, 2, 3, 4]);
     let group = draws.from(&[1, 1, 2, 3, 4]);
@@ -94,7 +96,7 @@ fn draw(draws: &mut Draws) -> Case {
         let keys = extras.cross.unwrap_or(sequence);
         extras.value_size = Some(keys).filter(|&keys| keys != head_size);
     }
-    Case {
+    AttentionCase {
         world,
         batch: 1 + draws.below(3),
         sequence,

@@ -5,7 +5,7 @@
 //! gradient is seen by itself: in a sum over all of them a part that is lost or
 //! comes twice may look like a small error.
 
-use fixtures::{Case, Content, Cotangent, Dtype, Extras, Mask};
+use fixtures::{AttentionCase, Content, Cotangent, Dtype, Extras, Mask};
 
 /// Pairs of query and KV heads: MHA, GQA, GQA with KV heads that several ranks
 /// need, MQA.
@@ -18,15 +18,15 @@ fn heads(world: usize) -> [(usize, usize); 4] {
 }
 
 /// The traced cases on this many ranks. On one there is nothing to trace.
-pub(super) fn cases(world: usize) -> impl Iterator<Item = Case> {
+pub(super) fn cases(world: usize) -> impl Iterator<Item = AttentionCase> {
     let cases = (world > 1).then(|| coded(world).chain(single_cotangents(world)));
     cases.into_iter().flatten()
 }
 
-fn coded(world: usize) -> impl Iterator<Item = Case> {
+fn coded(world: usize) -> impl Iterator<Item = AttentionCase> {
     heads(world).into_iter().flat_map(move |heads| {
         Mask::ALL.into_iter().flat_map(move |mask| {
-            [(Dtype::F32, 60), (Dtype::Bf16, 84)].map(|(dtype, sequence)| Case {
+            [(Dtype::F32, 60), (Dtype::Bf16, 84)].map(|(dtype, sequence)| AttentionCase {
                 sequence,
                 ..traced(world, heads, mask, dtype, Content::Coded)
             })
@@ -36,7 +36,7 @@ fn coded(world: usize) -> impl Iterator<Item = Case> {
 
 /// The first rank and the last, the first head and the last: under a causal mask
 /// the one has most of what others need, and the other needs most of theirs.
-fn single_cotangents(world: usize) -> impl Iterator<Item = Case> {
+fn single_cotangents(world: usize) -> impl Iterator<Item = AttentionCase> {
     let [plain, grouped, replicated, single] = heads(world);
     let last = world - 1;
     let ends = [
@@ -84,8 +84,14 @@ fn single_cotangents(world: usize) -> impl Iterator<Item = Case> {
         })
 }
 
-fn traced(world: usize, heads: (usize, usize), mask: Mask, dtype: Dtype, content: Content) -> Case {
-    Case {
+fn traced(
+    world: usize,
+    heads: (usize, usize),
+    mask: Mask,
+    dtype: Dtype,
+    content: Content,
+) -> AttentionCase {
+    AttentionCase {
         world,
         batch: 2,
         sequence: 60,

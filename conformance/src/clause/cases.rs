@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 
 use fixtures::{
-    Case, Content, Cotangent, Extras, Feature, Mask, Padding, Sharding, State, Strides,
+    AttentionCase, Case, Content, Cotangent, Extras, Feature, Mask, Padding, Sharding, State,
+    Strides,
 };
 
-use super::Clause;
+use super::{Clause, batch, loss, mesh, model, tiled};
 
 impl Clause {
     /// The clauses that `case` is there to test, in their order.
@@ -15,6 +16,17 @@ impl Clause {
     /// that has an answer; that they are so in its own sizes and on its own
     /// ranks, plain cases alone; all others name what they ask beyond that.
     pub fn of_case(case: &Case) -> Vec<Clause> {
+        match case {
+            Case::Attention(case) => Clause::of_attention(case),
+            Case::Loss(case) => loss::clauses(case),
+            Case::Tiled(case) => tiled::clauses(case),
+            Case::Batch(case) => batch::clauses(case),
+            Case::Mesh(case) => mesh::clauses(case),
+            Case::Model(case) => model::clauses(case),
+        }
+    }
+
+    fn of_attention(case: &AttentionCase) -> Vec<Clause> {
         let all = Clause::ALL.iter().copied();
         match case.extras.defect {
             Some(_) => all.filter(|clause| clause.is_of_refusal(case)).collect(),
@@ -26,7 +38,7 @@ impl Clause {
     }
 
     /// Whether `case`, which makes no sense, tests the clause.
-    fn is_of_refusal(self, case: &Case) -> bool {
+    fn is_of_refusal(self, case: &AttentionCase) -> bool {
         match self {
             Clause::SenseIsChecked | Clause::InWords => true,
             Clause::Together => case.world > 1,
@@ -103,6 +115,51 @@ impl Clause {
             Clause::Distances => are_many && has(Feature::Alibi),
             Clause::DocumentsOverRanks => are_many && extras.documents.is_some(),
 
+            // Attention has no loss.
+            Clause::OneLoss
+            | Clause::LossOfUnevenCounts
+            | Clause::NothingToLearn
+            | Clause::LossGradient
+            | Clause::LossParameters
+            | Clause::LossOverflows
+            | Clause::ModelLogits
+            | Clause::ModelLoss
+            | Clause::ModelLabels
+            | Clause::ModelDocuments
+            | Clause::WeightGradients
+            | Clause::TiedHead
+            | Clause::LayersRunAgain
+            | Clause::ReplicaLoss => false,
+
+            // Nor tiles of which anybody sees something.
+            Clause::TiledOutput
+            | Clause::RaggedTiles
+            | Clause::TiledMean
+            | Clause::EmptyTile
+            | Clause::MeanOfTilesByName
+            | Clause::TiledGradients
+            | Clause::EachTileOnce
+            | Clause::PassedGradient
+            | Clause::FrozenApart
+            | Clause::OneSignal
+            | Clause::TilesAlone => false,
+            // Nor batches, nor a mesh.
+            Clause::PositionsBeforeCut
+            | Clause::PositionsOfDocuments
+            | Clause::TargetsBeforeCut
+            | Clause::TargetsOfDocuments
+            | Clause::FilledRows
+            | Clause::EveryEntryCut
+            | Clause::EveryBatchServed
+            | Clause::OneBatchAtATime
+            | Clause::EveryEpoch
+            | Clause::Coordinates
+            | Clause::SequenceNeighbours
+            | Clause::DataParallelGroups
+            | Clause::StateOverSequence
+            | Clause::SumsOfGroups
+            | Clause::MpuAnswers => false,
+
             Clause::UnevenTokens => asked.is_unevenly_long(),
             Clause::NoTokens => has(Feature::EmptyRank),
             // Nor what fills a sequence up there.
@@ -125,12 +182,12 @@ impl Clause {
 
 /// A case that has an answer, and what it needs an implementation to support.
 struct Asked<'a> {
-    case: &'a Case,
+    case: &'a AttentionCase,
     features: BTreeSet<Feature>,
 }
 
 impl Asked<'_> {
-    fn of(case: &Case) -> Asked<'_> {
+    fn of(case: &AttentionCase) -> Asked<'_> {
         Asked {
             case,
             features: case.features(),

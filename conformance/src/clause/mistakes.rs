@@ -12,7 +12,11 @@ impl Clause {
             Mistake::OutputHeadsReordered | Mistake::OutputHeadsInterleaved => &[Clause::OwnHeads],
             Mistake::BatchMixedIntoSequence => &[Clause::SequencesApart],
             Mistake::StridesIgnored => &[Clause::AnyStrides],
-            Mistake::ShardingIgnored => &[Clause::AnySharding, Clause::CausalOverRanks],
+            Mistake::ShardingIgnored => &[
+                Clause::AnySharding,
+                Clause::CausalOverRanks,
+                Clause::EveryEntryCut,
+            ],
             Mistake::WrongShape => &[Clause::ShapeAndType],
 
             Mistake::KvHeadsTiled => &[Clause::KvHeadOfQueryHead, Clause::OwnCotangent],
@@ -35,7 +39,11 @@ impl Clause {
                 &[Clause::Scale]
             }
             Mistake::WindowIgnored | Mistake::WindowOffByOne => &[Clause::Window],
-            Mistake::DocumentsIgnored => &[Clause::Documents, Clause::BeyondTheClaim],
+            Mistake::DocumentsIgnored => &[
+                Clause::Documents,
+                Clause::ModelDocuments,
+                Clause::BeyondTheClaim,
+            ],
             Mistake::PaddingIgnored => &[Clause::Padding],
             Mistake::SoftcapIgnored => &[Clause::Softcap],
             Mistake::SinksIgnored => &[Clause::Sinks],
@@ -68,6 +76,53 @@ impl Clause {
             Mistake::FirstComponentOnly => &[Clause::RotatedInThree],
             Mistake::SlopesByLocalDistance => &[Clause::Distances],
             Mistake::DocumentsCutAtShards => &[Clause::DocumentsOverRanks],
+
+            Mistake::MeanOfRankMeans => &[Clause::LossOfUnevenCounts],
+            Mistake::OwnTokensOnly => &[Clause::OneLoss, Clause::ModelLoss],
+            Mistake::IgnoredCounted => &[Clause::OneLoss, Clause::TiledMean],
+            Mistake::NotANumber => &[
+                Clause::NothingToLearn,
+                Clause::LossOverflows,
+                Clause::EmptyTile,
+            ],
+            Mistake::CotangentIgnored => &[Clause::LossGradient, Clause::TiledGradients],
+            Mistake::HeadOfOneRank => &[Clause::LossParameters],
+
+            Mistake::MeanOfTiles => &[Clause::TiledMean],
+            Mistake::MeanOfTokens => &[Clause::MeanOfTilesByName],
+            Mistake::TileMeansInBackward => &[Clause::TiledGradients],
+            Mistake::TilesReordered => &[Clause::TiledOutput],
+            Mistake::LastTileLost => &[Clause::RaggedTiles],
+            Mistake::GradientOfLastTile | Mistake::AccumulatedTwice => &[Clause::EachTileOnce],
+            Mistake::PassedGradientLost => &[Clause::PassedGradient],
+            Mistake::FrozenStopsAll | Mistake::FrozenGradient => &[Clause::FrozenApart],
+            Mistake::AnnouncedPerTile => &[Clause::OneSignal],
+            Mistake::ReducedUnasked => &[Clause::TilesAlone],
+
+            Mistake::LabelsShiftedAfterCut
+            | Mistake::LabelsShiftedTwice
+            | Mistake::LabelsNotShifted => &[Clause::TargetsBeforeCut],
+            Mistake::PositionsOfShards => &[Clause::PositionsBeforeCut],
+            Mistake::PositionsRunOn => &[Clause::PositionsOfDocuments],
+            Mistake::TargetsAcrossDocuments => &[Clause::TargetsOfDocuments],
+            Mistake::FillIsTarget | Mistake::FillPositionsZero => &[Clause::FilledRows],
+            Mistake::MaskNotCut | Mistake::ShardOfFirstRank => &[Clause::EveryEntryCut],
+            Mistake::SameBatchServed | Mistake::LastBatchesDropped => &[Clause::EveryBatchServed],
+            Mistake::OwnBatchesOnly => &[Clause::OneBatchAtATime],
+            Mistake::SecondEpochEmpty => &[Clause::EveryEpoch],
+
+            Mistake::GroupsStrided => &[Clause::SequenceNeighbours, Clause::Coordinates],
+            Mistake::AxesSwapped => &[Clause::Coordinates, Clause::DataParallelGroups],
+            Mistake::StateNotOverSequence => &[Clause::StateOverSequence],
+            Mistake::SumOverWorld => &[Clause::SumsOfGroups],
+            Mistake::WorldRankInGroup => &[Clause::MpuAnswers],
+
+            Mistake::LastLayerLocal => &[Clause::ModelLogits],
+            Mistake::RecomputedElsewhere => &[Clause::LayersRunAgain],
+            Mistake::TiedGradientLost => &[Clause::TiedHead],
+            Mistake::ReplicatedOfOneRank => &[Clause::WeightGradients],
+            Mistake::LabelsShiftedAgain | Mistake::EndOfShardUntrained => &[Clause::ModelLabels],
+            Mistake::MeanOfReplicaMeans => &[Clause::ReplicaLoss],
 
             Mistake::RemainderTokensLost => &[
                 Clause::UnevenTokens,

@@ -5,8 +5,13 @@
 //! sees to it that every clause has a case that tests it and a mistake that
 //! breaks it.
 
+mod batch;
 mod cases;
+mod loss;
+mod mesh;
 mod mistakes;
+mod model;
+mod tiled;
 
 macro_rules! clauses {
     ($($group:literal: $($variant:ident, $id:literal, $sentence:literal;)*)*) => {
@@ -134,6 +139,96 @@ clauses! {
         "ALiBi's distances are those of positions in the whole sequence.";
     DocumentsOverRanks, "P5",
         "A document that reaches over several ranks is one, and does not end where a shard ends.";
+
+"Loss":
+    OneLoss, "X1",
+        "The loss is the sum over all ranks' tokens whose label is not ignored, divided by their number, and the same on every rank.";
+    LossOfUnevenCounts, "X2",
+        "Ranks that have other numbers of such tokens weigh by these numbers, and one that has none weighs nothing.";
+    NothingToLearn, "X3",
+        "Where no token of any rank has a label, loss and gradients are 0.";
+    LossGradient, "X4",
+        "Each rank's logits, or hidden states, have the gradient of the one loss, whatever cotangent comes.";
+    LossParameters, "X5",
+        "The ranks' parts of the gradient of the head are, once reduced as declared, the gradient of the one loss.";
+    LossOverflows, "X6",
+        "Logits whose exponentials overflow have the loss and gradient that they have.";
+
+"Tiles":
+    TiledOutput, "T1",
+        "The output is that of the function of all of the rank's tokens, in their order, however many tiles they are cut into.";
+    RaggedTiles, "T2",
+        "Every token is answered where the last tile is shorter than the others, and where there are more tiles than tokens.";
+    TiledMean, "T3",
+        "A mean is over the rank's tokens whose label is not ignored, however these are spread over tiles.";
+    EmptyTile, "T4",
+        "A tile of which no token counts adds nothing, and where none counts at all loss and gradients are 0.";
+    MeanOfTilesByName, "T5",
+        "The mean of the tiles' means is taken where it is asked for by that name.";
+    TiledGradients, "T6",
+        "Gradients are those of the output that was given, for whatever cotangent comes.";
+    EachTileOnce, "T7",
+        "The gradient of a weight is the sum over all tiles, each of them once.";
+    PassedGradient, "T8",
+        "What every tile sees whole has the sum over tiles as its gradient, if it is a weight or not.";
+    FrozenApart, "T9",
+        "What is frozen is given no gradient, and what is not has its own all the same.";
+    OneSignal, "T10",
+        "The gradient of a parameter is announced once in a backward, when it is whole.";
+    TilesAlone, "T11",
+        "A rank's gradient of a weight is that of its own tokens, a part that adds up with those of the others.";
+
+"Batch":
+    PositionsBeforeCut, "B1",
+        "A token's position is counted in its whole row, whichever rank has the token.";
+    PositionsOfDocuments, "B2",
+        "Positions begin anew with each packed document, be it told by its positions or by its end.";
+    TargetsBeforeCut, "B3",
+        "The target of a token is the label of the next token of its row, on whatever rank that is.";
+    TargetsOfDocuments, "B4",
+        "The last token of a row has no target, nor has the last of a document, unless targets are asked for across documents.";
+    FilledRows, "B5",
+        "Rows are filled up by the rule that is given, and what fills them up has no target.";
+    EveryEntryCut, "B6",
+        "Every entry with a value for each token is cut as the row is, and each token is on one rank.";
+    EveryBatchServed, "B7",
+        "Every batch of every rank is served once, round by round and in the order of ranks, also where ranks have other numbers of them.";
+    OneBatchAtATime, "B8",
+        "At any time all ranks have shards of one batch.";
+    EveryEpoch, "B9",
+        "Every epoch serves all batches.";
+
+"Mesh":
+    Coordinates, "M1",
+        "Rank (i * dp_shard + j) * sp + k of the world has the coordinates i, j and k.";
+    SequenceNeighbours, "M2",
+        "The ranks that share a sequence are neighbours in the world.";
+    DataParallelGroups, "M3",
+        "The ranks of a data-parallel group have the same part of other sequences, and differ along its axes alone.";
+    StateOverSequence, "M4",
+        "One copy of the state is sharded over the dp_shard x sp ranks of one replica.";
+    SumsOfGroups, "M5",
+        "What is added up over a group is added up over its members and nobody else.";
+    MpuAnswers, "M6",
+        "Asked as DeepSpeed asks, model-parallel ranks are those of a sequence, sequence-data-parallel ones the world, and a rank is counted in its group.";
+
+"Decoder":
+    ModelLogits, "D1",
+        "The logits of a rank's tokens are those of the dense decoder, at their positions in the whole sequence, in every layer.";
+    ModelLoss, "D2",
+        "A model's loss is the sum over the tokens of all ranks of all replicas whose label is not ignored, divided by their number, and the same on every rank.";
+    ModelLabels, "D3",
+        "A label that was shifted before the cut is taken as it is, and the last token of a shard has the one that follows on the next rank.";
+    ModelDocuments, "D4",
+        "Documents that are packed into a sequence do not see one another, in any layer and on whatever ranks they are.";
+    WeightGradients, "D5",
+        "The ranks' parts of every weight's gradient, of norms and embedding too, add up over all ranks of all replicas to that of the one loss, whatever cotangent comes.";
+    TiedHead, "D6",
+        "A head that is the embedding has one gradient, of both its uses.";
+    LayersRunAgain, "D7",
+        "Layers that run again in backward have the gradients of layers that did not.";
+    ReplicaLoss, "D8",
+        "Replicas that have other numbers of labels weigh by these numbers.";
 
 "Lengths":
     UnevenTokens, "L1",

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use clap::builder::PossibleValuesParser;
-use fixtures::{Case, Inputs};
+use fixtures::{AttentionCase, Case, Inputs};
 
 use super::print;
 use crate::ExitCode;
@@ -107,7 +107,7 @@ pub(super) fn execute(arguments: &Arguments) -> ExitCode {
 
 /// What other suites' rules compare a wrong answer with.
 struct Beside {
-    case: Case,
+    case: AttentionCase,
     inputs: Inputs,
     right: Answer<Vec<f64>>,
     dense: Option<Answer<Vec<f64>>>,
@@ -117,6 +117,7 @@ impl Beside {
     /// None where there is no one right answer that stands by itself: something
     /// is dropped, a refusal is due, or one question is asked after another.
     fn of(case: &Case) -> Option<Beside> {
+        let case = case.attention()?;
         let extras = &case.extras;
         if extras.dropout.is_some() || extras.defect.is_some() || extras.state.is_some() {
             return None;

@@ -3,7 +3,7 @@
 
 use clap::Args;
 use fixtures::exchange::Precision;
-use fixtures::{Case, Inputs};
+use fixtures::{AttentionCase, Inputs};
 
 use super::print;
 use crate::judge::{self, power};
@@ -14,7 +14,7 @@ use crate::{Clause, ExitCode, report};
 pub(super) struct Arguments {
     /// The case
     #[arg(value_name = "CASE")]
-    case: Case,
+    case: AttentionCase,
 
     /// A number of its answer, as TENSOR[PLACE]: out[0,17,3,5] is channel 5 of
     /// head 3 of token 17 of sequence 0, dsinks[2] that of head 2
@@ -49,9 +49,9 @@ pub(super) fn execute(arguments: &Arguments) -> ExitCode {
     }
 }
 
-fn of_case(case: &Case, precision: Precision) -> Result<String, String> {
+fn of_case(case: &AttentionCase, precision: Precision) -> Result<String, String> {
     let mut text = format!("{case}\n\n");
-    for clause in Clause::of_case(case) {
+    for clause in Clause::of_case(&case.clone().into()) {
         text += &format!("{} {}\n", clause.id(), clause.sentence());
     }
     let header = [
@@ -77,7 +77,7 @@ fn of_case(case: &Case, precision: Precision) -> Result<String, String> {
 }
 
 /// The derivation of one number's tolerance.
-fn of_element(case: &Case, element: &str, precision: Precision) -> Result<String, String> {
+fn of_element(case: &AttentionCase, element: &str, precision: Precision) -> Result<String, String> {
     let (tensor, number) = place(case, element)?;
     let failed = |error| format!("the oracle failed: {error}");
     let inputs = Inputs::of(case);
@@ -115,7 +115,7 @@ fn of_element(case: &Case, element: &str, precision: Precision) -> Result<String
 }
 
 /// Which tensor, and which of its numbers in row-major order.
-fn place(case: &Case, element: &str) -> Result<(AnswerTensor, usize), String> {
+fn place(case: &AttentionCase, element: &str) -> Result<(AnswerTensor, usize), String> {
     let wanted = "--element is TENSOR[PLACE], as out[0,17,3,5]";
     let (name, indices) = element
         .strip_suffix(']')

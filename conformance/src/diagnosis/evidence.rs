@@ -3,7 +3,7 @@
 use std::cell::OnceCell;
 use std::ops::Range;
 
-use fixtures::{Case, Inputs, Shard, Structure, sharding};
+use fixtures::{AttentionCase, Inputs, Shard, Structure, sharding};
 use tch::{Kind, TchError, Tensor};
 
 use super::prediction::Prediction;
@@ -12,7 +12,7 @@ use crate::oracle::{self, Answer, AnswerTensor, Problem};
 
 /// A wrong answer, beside the right one.
 pub(crate) struct Evidence<'a> {
-    pub(crate) case: &'a Case,
+    pub(crate) case: &'a AttentionCase,
     pub(crate) inputs: &'a Inputs,
     /// In the order of [`AnswerTensor::ALL`].
     pub(super) tensors: Vec<Measured<'a>>,
@@ -47,7 +47,7 @@ pub(crate) struct Sizes {
 
 impl Sizes {
     /// Those of a tensor of an answer to `case`.
-    pub(crate) fn of(case: &Case, name: AnswerTensor) -> Sizes {
+    pub(crate) fn of(case: &AttentionCase, name: AnswerTensor) -> Sizes {
         let [batch, tokens, heads, channels] = match name.shape(case)[..] {
             [batch, tokens, heads, channels] => [batch, tokens, heads, channels],
             [heads, channels] => [1, 1, heads, channels],
@@ -83,7 +83,7 @@ impl<'a> Measured<'a> {
     /// `answer`, which is to be `right` and may be off by `tolerance`, of a
     /// case's tensor.
     pub(crate) fn new(
-        case: &Case,
+        case: &AttentionCase,
         name: AnswerTensor,
         answer: Vec<f64>,
         right: &'a [f64],
@@ -122,7 +122,7 @@ impl<'a> Evidence<'a> {
     /// `tensors` are those of one answer to `case`, asked with `inputs`, where
     /// weights are multiplied by `dropout`.
     pub(crate) fn new(
-        case: &'a Case,
+        case: &'a AttentionCase,
         inputs: &'a Inputs,
         dropout: Option<&'a [f64]>,
         tensors: Vec<Measured<'a>>,

@@ -16,6 +16,16 @@ pub enum Class {
     Positions,
     /// Sequence lengths, and how ranks share them.
     Lengths,
+    /// The loss, and how the ranks' parts of it become one.
+    Loss,
+    /// Functions that are computed in tiles, and how the tiles become one.
+    Tiles,
+    /// What ranks have of a batch.
+    Batch,
+    /// Where ranks stand in a mesh.
+    Mesh,
+    /// How the parts of a decoder are put together among ranks.
+    Decoder,
     /// Element types.
     Precision,
     /// What one call leaves behind for the next.
@@ -36,6 +46,11 @@ impl Class {
             Class::Gradients => "gradients",
             Class::Positions => "positions",
             Class::Lengths => "lengths",
+            Class::Loss => "loss",
+            Class::Tiles => "tiles",
+            Class::Batch => "batch",
+            Class::Mesh => "mesh",
+            Class::Decoder => "decoder",
             Class::Precision => "precision",
             Class::State => "state",
             Class::Communication => "communication",
@@ -249,6 +264,144 @@ mistakes! {
     DocumentsCutAtShards, "documents-cut-at-shards", Positions,
         "Documents end where shards end.",
         "whether cumulative lengths are made of local position ids";
+
+    MeanOfRankMeans, "mean-of-rank-means", Loss,
+        "The loss is the mean of the ranks' means, whatever their numbers of labels are.",
+        "the weights with which the ranks' losses are averaged: n_r / N, not 1 / P";
+    OwnTokensOnly, "own-tokens-only", Loss,
+        "Each rank has the loss of its own tokens, not that of all.",
+        "whether the ranks' sums and numbers of labels are added up";
+    IgnoredCounted, "ignored-counted", Loss,
+        "The loss is divided by the number of all tokens, those with an ignored label included.",
+        "the number by which the sum of losses is divided";
+
+    NotANumber, "not-a-number", Loss,
+        "Numbers of the answer are none: NaN or infinite.",
+        "a division by a number of labels that is 0, or exponentials of which the largest is not taken off first";
+    CotangentIgnored, "cotangent-ignored", Loss,
+        "Gradients are those for a cotangent of 1, whatever came.",
+        "whether the backward multiplies by the gradient that comes in";
+    HeadOfOneRank, "head-of-one-rank", Loss,
+        "Of the ranks' parts of the head's gradient, that of rank 0 alone is there.",
+        "the all-reduce of parameter gradients over the sequence-parallel group";
+
+    MeanOfTiles, "mean-of-tiles", Tiles,
+        "The loss is the mean of the tiles' means, where the mean over tokens is asked for.",
+        "the weights with which the tiles' losses are averaged: n_t / n, not 1 / T";
+    MeanOfTokens, "mean-of-tokens", Tiles,
+        "The loss is the mean over tokens, where the mean of the tiles' means is asked for.",
+        "whether the reduction that is asked for reaches the tiles";
+    TileMeansInBackward, "tile-means-in-backward", Tiles,
+        "The loss is the mean over tokens, and its gradient that of the mean of the tiles' means.",
+        "the weights of the tiles in backward, which are those of forward";
+    TilesReordered, "tiles-reordered", Tiles,
+        "The tiles' outputs are put together in another order than that of the tiles.",
+        "the order in which the tiles' outputs are concatenated";
+    LastTileLost, "last-tile-lost", Tiles,
+        "The tokens of a last tile that is shorter than the others are lost.",
+        "a floor division of the number of tokens by the number of tiles";
+    GradientOfLastTile, "gradient-of-last-tile", Tiles,
+        "A weight has the gradient of the last tile alone.",
+        "whether a tile's gradient is added to those before it, or put in their place";
+    AccumulatedTwice, "accumulated-twice", Tiles,
+        "The gradient of a weight is there twice.",
+        "whether backward accumulates each tile's gradient and gives back their sum as well";
+    PassedGradientLost, "passed-gradient-lost", Tiles,
+        "What every tile sees whole, and is no weight, gets no gradient.",
+        "which inputs the custom backward returns a gradient for";
+    FrozenStopsAll, "frozen-input-stops-all", Tiles,
+        "Where the input is frozen the weights get no gradient either.",
+        "whether backward is made to depend on the input's requires_grad alone";
+    FrozenGradient, "frozen-gradient", Tiles,
+        "What is frozen is given a gradient.",
+        "whether backward asks which of its inputs need a gradient";
+    AnnouncedPerTile, "announced-per-tile", Tiles,
+        "The gradient of a parameter is announced with every tile.",
+        "an AccumulateGrad for each tile: hooks of DDP and ZeRO then run before the gradient is whole";
+    ReducedUnasked, "reduced-unasked", Tiles,
+        "Each rank has the sum of all ranks' gradients of a parameter, which is then summed again.",
+        "an all-reduce within the tiled function, where the optimizer or a wrapper has its own";
+
+    LabelsShiftedAfterCut, "labels-shifted-after-cut", Batch,
+        "Labels are shifted when they are cut: each shard's last token has no target.",
+        "whether labels are shifted before they are cut";
+    LabelsShiftedTwice, "labels-shifted-twice", Batch,
+        "Labels are shifted twice: the target of a token is the one after the next.",
+        "who else shifts: the collator, the data loader, the model's loss";
+    LabelsNotShifted, "labels-not-shifted", Batch,
+        "Labels are not shifted: the target of a token is itself.",
+        "whether anybody shifts the labels";
+    PositionsOfShards, "positions-of-shards", Batch,
+        "Positions begin anew on every rank.",
+        "whether position ids are made before the cut";
+    PositionsRunOn, "positions-run-on", Batch,
+        "Positions do not begin anew with each packed document.",
+        "whether position ids are made of the documents' ends";
+    TargetsAcrossDocuments, "targets-across-documents", Batch,
+        "The last token of a document has the first of the next as its target.",
+        "whether the ends of documents are known where labels are shifted";
+    FillIsTarget, "fill-is-target", Batch,
+        "What fills rows up is learnt.",
+        "the value that labels are filled up with";
+    FillPositionsZero, "fill-positions-zero", Batch,
+        "What fills rows up has the position 0, and so is a document of its own, token by token.",
+        "the value that position ids are filled up with";
+    MaskNotCut, "mask-not-cut", Batch,
+        "The attention mask is whole on every rank.",
+        "whether every entry with a value for each token is cut";
+    ShardOfFirstRank, "shard-of-first-rank", Batch,
+        "Every rank has the first rank's shard.",
+        "the rank by which rows are cut";
+    SameBatchServed, "same-batch-served", Batch,
+        "Of a round's batches one is served again and again.",
+        "the index of the source rank in the loop over gathered batches";
+    OwnBatchesOnly, "own-batches-only", Batch,
+        "Each rank has shards of its own batches: the ranks of a sequence work on different ones.",
+        "whether batches are gathered, or the sampler gives the ranks of a group the same ones";
+    LastBatchesDropped, "last-batches-dropped", Batch,
+        "Batches are dropped where some ranks have more of them than others.",
+        "the condition on which an epoch ends";
+    SecondEpochEmpty, "second-epoch-empty", Batch,
+        "The second epoch has no batch.",
+        "whether the iterator over batches is made anew";
+
+    GroupsStrided, "groups-strided", Mesh,
+        "The ranks that share a sequence are not neighbours: the sequence is the slowest axis of the mesh.",
+        "the order of the axes of the mesh";
+    AxesSwapped, "axes-swapped", Mesh,
+        "The axes dp_replicate and dp_shard are in each other's place.",
+        "the order of the axes of the mesh";
+    StateNotOverSequence, "state-not-over-sequence", Mesh,
+        "State is sharded over data-parallel ranks alone, and the ranks of a sequence keep copies that drift apart.",
+        "the group that the optimizer or the wrapper is given";
+    SumOverWorld, "sum-over-world", Mesh,
+        "What is to be added up over a group is added up over the world.",
+        "the group that the collective is given";
+    WorldRankInGroup, "world-rank-in-group", Mesh,
+        "A rank's number in the world is taken for its number in a group.",
+        "whether ranks are asked of the group";
+
+    LastLayerLocal, "last-layer-local", Decoder,
+        "In the last layer queries see only the tokens of their own rank.",
+        "whether every layer calls the attention that was registered";
+    RecomputedElsewhere, "recomputed-elsewhere", Decoder,
+        "Layers that run again in backward do so with positions that begin anew on every rank.",
+        "what a checkpointed layer keeps, and what it makes again";
+    TiedGradientLost, "tied-gradient-lost", Decoder,
+        "A tied head's gradient lacks what it gets as a head.",
+        "whether head and embedding are one parameter behind the wrapper";
+    ReplicatedOfOneRank, "replicated-of-one-rank", Decoder,
+        "Of the gradients of norms and embedding, rank 0's part alone is there.",
+        "the all-reduce of parameters that are no projections";
+    LabelsShiftedAgain, "labels-shifted-again", Decoder,
+        "Labels that have been shifted are shifted once more.",
+        "whether the model's own loss shifts what it is given as `labels`";
+    EndOfShardUntrained, "end-of-shard-untrained", Decoder,
+        "The last token of each shard has no label.",
+        "whether labels are shifted before the sequence is cut";
+    MeanOfReplicaMeans, "mean-of-replica-means", Decoder,
+        "The loss is the mean of the replicas' means, whatever their numbers of labels are.",
+        "whether numbers of labels are added up over all replicas";
 
     RemainderTokensLost, "remainder-tokens-lost", Lengths,
         "Tokens that the ranks do not divide evenly are lost.",

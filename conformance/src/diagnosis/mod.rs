@@ -22,7 +22,7 @@ mod screening;
 mod strip;
 mod words;
 
-use fixtures::{Case, Inputs};
+use fixtures::{AttentionCase, Inputs};
 
 use self::hypotheses::{Hypothesis, Reach};
 use self::prediction::{Agreement, Prediction};
@@ -88,7 +88,7 @@ pub(crate) fn diagnose(evidence: &Evidence<'_>) -> Option<Diagnosis> {
 /// told: as far as the others show it. `undropped` is the right output without
 /// dropout.
 pub(crate) fn of_kept_weights(
-    case: &Case,
+    case: &AttentionCase,
     inputs: &Inputs,
     probability: f64,
     undropped: &[f64],

@@ -1,8 +1,8 @@
 //! Faults of what attention computes.
 
-use fixtures::{Case, Mask};
+use fixtures::{AttentionCase, Mask};
 
-use super::{Fault, is_split, plain};
+use super::{Fault, Made, is_split, plain};
 use crate::diagnosis::Mistake;
 
 const TRANSFORMERS_SDPA: Option<&str> =
@@ -15,12 +15,14 @@ pub(super) const FAULTS: &[Fault] = &[
         effect: "The model sees the tokens that it is to predict.",
         source: None,
         // Outside training alone it is a mistake of the bypass.
-        applies: |case| is_good(case) && case.mask == Mask::Causal && !case.extras.eval,
-        make: |stages| {
-            stages.local = |_, _, local| {
-                local.score.mask = ulysses::Mask::Full;
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_good(case) && case.mask == Mask::Causal && !case.extras.eval,
+            make: |stages| {
+                stages.local = |_, _, local| {
+                    local.score.mask = ulysses::Mask::Full;
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -28,14 +30,16 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::CausalStrict,
         effect: "No token sees itself, and the first sees nothing.",
         source: None,
-        applies: |case| is_good(case) && case.mask == Mask::Causal && is_plain(case),
-        make: |stages| {
-            stages.local = |_, _, local| {
-                let behind = plain::between(&plain::global_numbers(local)?)?;
-                let visible = plain::visible(local)?.f_logical_and(&behind.f_gt(0)?)?;
-                local.visible = Some(visible);
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_good(case) && case.mask == Mask::Causal && is_plain(case),
+            make: |stages| {
+                stages.local = |_, _, local| {
+                    let behind = plain::between(&plain::global_numbers(local)?)?;
+                    let visible = plain::visible(local)?.f_logical_and(&behind.f_gt(0)?)?;
+                    local.visible = Some(visible);
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -44,12 +48,14 @@ pub(super) const FAULTS: &[Fault] = &[
         effect: "Nothing is exchanged, and every rank attends to its own tokens.",
         source: None,
         // Ends of documents are those of the whole sequence.
-        applies: |case| is_split(case) && is_plain(case) && case.extras.documents.is_none(),
-        make: |stages| {
-            stages.asked = |_, asked| {
-                asked.is_alone = true;
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_split(case) && is_plain(case) && case.extras.documents.is_none(),
+            make: |stages| {
+                stages.asked = |_, asked| {
+                    asked.is_alone = true;
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -57,12 +63,14 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::ScaleMissing,
         effect: "Attention is far sharper than it should be.",
         source: None,
-        applies: is_good,
-        make: |stages| {
-            stages.local = |_, _, local| {
-                local.score.scale = Some(1.0);
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: is_good,
+            make: |stages| {
+                stages.local = |_, _, local| {
+                    local.score.scale = Some(1.0);
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -70,13 +78,15 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::ScaleByHidden,
         effect: "Attention is flatter than it should be.",
         source: None,
-        applies: |case| is_good(case) && case.extras.scale.is_none(),
-        make: |stages| {
-            stages.local = |at, _, local| {
-                let hidden = at.info.query_heads * at.info.head_size;
-                local.score.scale = Some(1.0 / (hidden as f64).sqrt());
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_good(case) && case.extras.scale.is_none(),
+            make: |stages| {
+                stages.local = |at, _, local| {
+                    let hidden = at.info.query_heads * at.info.head_size;
+                    local.score.scale = Some(1.0 / (hidden as f64).sqrt());
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -84,12 +94,14 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::ScaleIgnored,
         effect: "Models with a scale of their own get another attention.",
         source: None,
-        applies: |case| is_good(case) && case.extras.scale.is_some(),
-        make: |stages| {
-            stages.local = |_, _, local| {
-                local.score.scale = None;
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_good(case) && case.extras.scale.is_some(),
+            make: |stages| {
+                stages.local = |_, _, local| {
+                    local.score.scale = None;
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -97,12 +109,14 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::WindowIgnored,
         effect: "A model with a sliding window attends to everything.",
         source: TRANSFORMERS_SDPA,
-        applies: |case| is_good(case) && case.extras.window.is_some(),
-        make: |stages| {
-            stages.local = |_, _, local| {
-                local.score.window = None;
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_good(case) && case.extras.window.is_some(),
+            make: |stages| {
+                stages.local = |_, _, local| {
+                    local.score.window = None;
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -110,12 +124,14 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::WindowOffByOne,
         effect: "Every token sees one token more than it should.",
         source: None,
-        applies: |case| is_good(case) && case.extras.window.is_some(),
-        make: |stages| {
-            stages.local = |_, _, local| {
-                local.score.window = local.score.window.map(|window| window + 1);
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_good(case) && case.extras.window.is_some(),
+            make: |stages| {
+                stages.local = |_, _, local| {
+                    local.score.window = local.score.window.map(|window| window + 1);
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -123,12 +139,14 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::DocumentsIgnored,
         effect: "Packed documents attend to one another, and the loss spikes.",
         source: Some("DeepSpeed 0.19.8 around SDPA; axolotl #1375; LlamaFactory PR #7338"),
-        applies: |case| is_good(case) && case.extras.documents.is_some(),
-        make: |stages| {
-            stages.local = |_, _, local| {
-                local.documents = None;
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_good(case) && case.extras.documents.is_some(),
+            make: |stages| {
+                stages.local = |_, _, local| {
+                    local.documents = None;
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -136,12 +154,14 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::PaddingIgnored,
         effect: "Real tokens attend to padding.",
         source: TRANSFORMERS_SDPA,
-        applies: |case| is_good(case) && case.extras.padding.is_some(),
-        make: |stages| {
-            stages.local = |_, _, local| {
-                local.real = None;
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_good(case) && case.extras.padding.is_some(),
+            make: |stages| {
+                stages.local = |_, _, local| {
+                    local.real = None;
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -149,12 +169,14 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::SoftcapIgnored,
         effect: "Models with capped scores get sharper attention.",
         source: None,
-        applies: |case| is_good(case) && case.extras.softcap.is_some(),
-        make: |stages| {
-            stages.local = |_, _, local| {
-                local.score.softcap = None;
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_good(case) && case.extras.softcap.is_some(),
+            make: |stages| {
+                stages.local = |_, _, local| {
+                    local.score.softcap = None;
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -162,12 +184,14 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::SinksIgnored,
         effect: "Weights add up to one where they should not, and sinks have no gradient.",
         source: None,
-        applies: |case| is_good(case) && case.extras.sinks,
-        make: |stages| {
-            stages.local = |_, _, local| {
-                local.sinks = None;
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_good(case) && case.extras.sinks,
+            make: |stages| {
+                stages.local = |_, _, local| {
+                    local.sinks = None;
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -175,12 +199,14 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::SlopesIgnored,
         effect: "A model that knows positions by ALiBi alone knows none.",
         source: None,
-        applies: |case| is_good(case) && case.extras.alibi,
-        make: |stages| {
-            stages.local = |_, _, local| {
-                local.slopes = None;
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_good(case) && case.extras.alibi,
+            make: |stages| {
+                stages.local = |_, _, local| {
+                    local.slopes = None;
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -190,12 +216,14 @@ pub(super) const FAULTS: &[Fault] = &[
         source: Some(
             "DeepSpeed 0.19.8, UlyssesSPAttentionHF: a BlockMask is replaced by a causal one",
         ),
-        applies: |case| is_good(case) && case.extras.block.is_some(),
-        make: |stages| {
-            stages.local = |_, _, local| {
-                local.layout = None;
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_good(case) && case.extras.block.is_some(),
+            make: |stages| {
+                stages.local = |_, _, local| {
+                    local.layout = None;
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -203,16 +231,18 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::MaskDroppedInEval,
         effect: "Evaluation sees padding and tokens that are still to come, training does not.",
         source: Some("DeepSpeed 0.19.8, ulysses_sp.py: the mask is dropped before the bypass"),
-        applies: |case| case.extras.eval,
-        make: |stages| {
-            stages.local = |at, _, local| {
-                if !at.info.training {
-                    local.score.mask = ulysses::Mask::Full;
-                    local.score.window = None;
-                    (local.real, local.documents, local.layout) = (None, None, None);
-                }
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| case.extras.eval,
+            make: |stages| {
+                stages.local = |at, _, local| {
+                    if !at.info.training {
+                        local.score.mask = ulysses::Mask::Full;
+                        local.score.window = None;
+                        (local.real, local.documents, local.layout) = (None, None, None);
+                    }
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -221,15 +251,17 @@ pub(super) const FAULTS: &[Fault] = &[
         effect: "Heads of different ranks drop the same weights, which are then no independent \
                  draws.",
         source: None,
-        applies: |case| is_split(case) && case.extras.dropout.is_some(),
-        make: |stages| {
-            stages.local = |_, _, local| {
-                local.dropout = local.dropout.map(|mut dropout| {
-                    dropout.first_head = 0;
-                    dropout
-                });
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_split(case) && case.extras.dropout.is_some(),
+            make: |stages| {
+                stages.local = |_, _, local| {
+                    local.dropout = local.dropout.map(|mut dropout| {
+                        dropout.first_head = 0;
+                        dropout
+                    });
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -237,12 +269,14 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::DropoutNotRescaled,
         effect: "Outputs are smaller in training than outside it.",
         source: None,
-        applies: |case| is_good(case) && case.extras.dropout.is_some(),
-        make: |stages| {
-            stages.attended = |at, output| {
-                let kept = 1.0 - at.info.dropout.unwrap_or_default();
-                Ok(output.f_mul_scalar(kept)?)
-            };
+        made: Made::InAttention {
+            applies: |case| is_good(case) && case.extras.dropout.is_some(),
+            make: |stages| {
+                stages.attended = |at, output| {
+                    let kept = 1.0 - at.info.dropout.unwrap_or_default();
+                    Ok(output.f_mul_scalar(kept)?)
+                };
+            },
         },
     },
     Fault {
@@ -250,22 +284,24 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::NormsIgnored,
         effect: "Models with normalised queries and keys get another attention.",
         source: None,
-        applies: |case| is_good(case) && case.extras.norms,
-        make: |stages| {
-            stages.local = |_, _, local| {
-                local.norms = None;
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_good(case) && case.extras.norms,
+            make: |stages| {
+                stages.local = |_, _, local| {
+                    local.norms = None;
+                    Ok(())
+                };
+            },
         },
     },
 ];
 
 /// Whether it is a good question that is asked once, on any number of ranks.
-fn is_good(case: &Case) -> bool {
+fn is_good(case: &AttentionCase) -> bool {
     case.extras.defect.is_none() && case.extras.state.is_none()
 }
 
 /// Whether the plain formula does it.
-fn is_plain(case: &Case) -> bool {
+fn is_plain(case: &AttentionCase) -> bool {
     case.extras.block.is_none() && case.extras.dropout.is_none()
 }

@@ -1,10 +1,10 @@
 //! Faults of where tokens and heads are put when they are exchanged.
 
-use fixtures::{Case, Dtype, Mask, Sharding, Strides};
+use fixtures::{AttentionCase, Dtype, Mask, Sharding, Strides};
 use tch::Tensor;
 
 use super::rank::{At, Staged, tokens_of_ranks};
-use super::{Fault, is_even, is_split};
+use super::{Fault, Made, is_even, is_split};
 use crate::diagnosis::Mistake;
 
 pub(super) const FAULTS: &[Fault] = &[
@@ -14,12 +14,14 @@ pub(super) const FAULTS: &[Fault] = &[
         effect: "Every rank attends to a sequence that begins with the second rank's tokens, and \
                  gets the outputs of the next rank's tokens.",
         source: None,
-        applies: |case| is_even(case) && knows_order(case),
-        make: |stages| {
-            stages.received = |at, tensors| {
-                let order = order_of_ranks(at, |rank, ranks| (rank + 1) % ranks)?;
-                each(tensors, |tensor| Ok(tensor.f_index_select(2, &order)?))
-            };
+        made: Made::InAttention {
+            applies: |case| is_even(case) && knows_order(case),
+            make: |stages| {
+                stages.received = |at, tensors| {
+                    let order = order_of_ranks(at, |rank, ranks| (rank + 1) % ranks)?;
+                    each(tensors, |tensor| Ok(tensor.f_index_select(2, &order)?))
+                };
+            },
         },
     },
     Fault {
@@ -28,20 +30,22 @@ pub(super) const FAULTS: &[Fault] = &[
         effect: "Every token gets its own output, under a mask that takes the last rank for the \
                  first.",
         source: None,
-        applies: |case| {
-            // Other places draw other weights to drop, rightly so.
-            let is_drawn = case.extras.dropout.is_some();
-            is_even(case) && case.extras.sharding == Sharding::Contiguous && !is_drawn
-        },
-        make: |stages| {
-            stages.received = |at, tensors| {
-                let order = order_of_ranks(at, |rank, ranks| ranks - 1 - rank)?;
-                each(tensors, |tensor| Ok(tensor.f_index_select(2, &order)?))
-            };
-            stages.attended = |at, output| {
-                let order = order_of_ranks(at, |rank, ranks| ranks - 1 - rank)?;
-                Ok(output.f_index_select(2, &order)?)
-            };
+        made: Made::InAttention {
+            applies: |case| {
+                // Other places draw other weights to drop, rightly so.
+                let is_drawn = case.extras.dropout.is_some();
+                is_even(case) && case.extras.sharding == Sharding::Contiguous && !is_drawn
+            },
+            make: |stages| {
+                stages.received = |at, tensors| {
+                    let order = order_of_ranks(at, |rank, ranks| ranks - 1 - rank)?;
+                    each(tensors, |tensor| Ok(tensor.f_index_select(2, &order)?))
+                };
+                stages.attended = |at, output| {
+                    let order = order_of_ranks(at, |rank, ranks| ranks - 1 - rank)?;
+                    Ok(output.f_index_select(2, &order)?)
+                };
+            },
         },
     },
     Fault {
@@ -49,12 +53,14 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::KeysReordered,
         effect: "A query weighs the right keys and reads other tokens' values.",
         source: None,
-        applies: is_even,
-        make: |stages| {
-            stages.received = |at, [query, key, value]| {
-                let order = order_of_ranks(at, |rank, ranks| (rank + 1) % ranks)?;
-                Ok([query, key, value.f_index_select(2, &order)?])
-            };
+        made: Made::InAttention {
+            applies: is_even,
+            make: |stages| {
+                stages.received = |at, [query, key, value]| {
+                    let order = order_of_ranks(at, |rank, ranks| (rank + 1) % ranks)?;
+                    Ok([query, key, value.f_index_select(2, &order)?])
+                };
+            },
         },
     },
     Fault {
@@ -62,12 +68,14 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::OutputToWrongRank,
         effect: "Every rank gets the right outputs of another rank's tokens.",
         source: None,
-        applies: is_even,
-        make: |stages| {
-            stages.attended = |at, output| {
-                let order = order_of_ranks(at, |rank, ranks| (rank + 1) % ranks)?;
-                Ok(output.f_index_select(2, &order)?)
-            };
+        made: Made::InAttention {
+            applies: is_even,
+            make: |stages| {
+                stages.attended = |at, output| {
+                    let order = order_of_ranks(at, |rank, ranks| (rank + 1) % ranks)?;
+                    Ok(output.f_index_select(2, &order)?)
+                };
+            },
         },
     },
     Fault {
@@ -75,14 +83,16 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::OutputHeadsReordered,
         effect: "Every token gets its outputs with the heads of the last rank in front.",
         source: None,
-        applies: |case| is_split(case) && case.query_heads.is_multiple_of(case.world),
-        make: |stages| {
-            stages.returned = |at, output| {
-                let heads = at.heads()?;
-                let order = (0..at.world()).rev().flat_map(|r| heads.query_range(r));
-                let order: Vec<i64> = order.map(|head| head as i64).collect();
-                Ok(output.f_index_select(2, &Tensor::f_from_slice(&order)?)?)
-            };
+        made: Made::InAttention {
+            applies: |case| is_split(case) && case.query_heads.is_multiple_of(case.world),
+            make: |stages| {
+                stages.returned = |at, output| {
+                    let heads = at.heads()?;
+                    let order = (0..at.world()).rev().flat_map(|r| heads.query_range(r));
+                    let order: Vec<i64> = order.map(|head| head as i64).collect();
+                    Ok(output.f_index_select(2, &Tensor::f_from_slice(&order)?)?)
+                };
+            },
         },
     },
     Fault {
@@ -90,18 +100,20 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::OutputHeadsInterleaved,
         effect: "The model does not converge, and nothing is said.",
         source: Some("DeepSpeed PR #5664"),
-        applies: |case| {
-            // With one head on each rank, or one rank, there is one order.
-            is_split(case)
-                && case.query_heads.is_multiple_of(case.world)
-                && case.query_heads > case.world
-        },
-        make: |stages| {
-            stages.returned = |at, output| {
-                let ranks = at.world() as i64;
-                let by_rank = output.f_unflatten(2, [ranks, -1])?;
-                Ok(by_rank.f_transpose(2, 3)?.f_flatten(2, 3)?)
-            };
+        made: Made::InAttention {
+            applies: |case| {
+                // With one head on each rank, or one rank, there is one order.
+                is_split(case)
+                    && case.query_heads.is_multiple_of(case.world)
+                    && case.query_heads > case.world
+            },
+            make: |stages| {
+                stages.returned = |at, output| {
+                    let ranks = at.world() as i64;
+                    let by_rank = output.f_unflatten(2, [ranks, -1])?;
+                    Ok(by_rank.f_transpose(2, 3)?.f_flatten(2, 3)?)
+                };
+            },
         },
     },
     Fault {
@@ -109,13 +121,15 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::BatchMixedIntoSequence,
         effect: "Garbage as soon as there is more than one sequence in the batch.",
         source: Some("DeepSpeed #5808, PR #5823"),
-        applies: |case| is_split(case) && case.batch > 1,
-        make: |stages| {
-            stages.returned = |_, output| {
-                // [s, B] in memory, read as [B, s].
-                let size = output.size();
-                Ok(output.f_transpose(0, 1)?.f_reshape(size)?)
-            };
+        made: Made::InAttention {
+            applies: |case| is_split(case) && case.batch > 1,
+            make: |stages| {
+                stages.returned = |_, output| {
+                    // [s, B] in memory, read as [B, s].
+                    let size = output.size();
+                    Ok(output.f_transpose(0, 1)?.f_reshape(size)?)
+                };
+            },
         },
     },
     Fault {
@@ -123,22 +137,24 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::BatchMixedIntoSequence,
         effect: "Garbage as soon as there is more than one sequence in the batch.",
         source: Some("DeepSpeed #5808, #5366"),
-        applies: |case| is_even(case) && case.batch > 1,
-        make: |stages| {
-            stages.received = |at, tensors| {
-                let ranks = at.world() as i64;
-                // Blocks [P, B, s] in memory, read as [B, P s].
-                each(tensors, |tensor| {
-                    let by_rank = tensor.f_transpose(1, 2)?.f_unflatten(1, [ranks, -1])?;
-                    let mixed = by_rank.f_transpose(0, 1)?.f_reshape([
-                        tensor.size()[0],
-                        tensor.size()[2],
-                        tensor.size()[1],
-                        tensor.size()[3],
-                    ])?;
-                    Ok(mixed.f_transpose(1, 2)?)
-                })
-            };
+        made: Made::InAttention {
+            applies: |case| is_even(case) && case.batch > 1,
+            make: |stages| {
+                stages.received = |at, tensors| {
+                    let ranks = at.world() as i64;
+                    // Blocks [P, B, s] in memory, read as [B, P s].
+                    each(tensors, |tensor| {
+                        let by_rank = tensor.f_transpose(1, 2)?.f_unflatten(1, [ranks, -1])?;
+                        let mixed = by_rank.f_transpose(0, 1)?.f_reshape([
+                            tensor.size()[0],
+                            tensor.size()[2],
+                            tensor.size()[1],
+                            tensor.size()[3],
+                        ])?;
+                        Ok(mixed.f_transpose(1, 2)?)
+                    })
+                };
+            },
         },
     },
     Fault {
@@ -147,20 +163,22 @@ pub(super) const FAULTS: &[Fault] = &[
         effect: "Garbage where queries, keys and values are views, as after a transpose or from \
                  one packed projection.",
         source: None,
-        applies: |case| {
-            // An expanded tensor has less memory than elements.
-            let strides = case.extras.strides;
-            is_split(case) && matches!(strides, Strides::Transposed | Strides::Packed)
-        },
-        make: |stages| {
-            stages.asked = |_, asked| {
-                asked.each(|tensor| {
-                    let size = tensor.size();
-                    let step = |axis: usize| size[axis + 1..].iter().product();
-                    let strides: Vec<i64> = (0..size.len()).map(step).collect();
-                    Ok(tensor.f_as_strided(&size, &strides, None)?)
-                })
-            };
+        made: Made::InAttention {
+            applies: |case| {
+                // An expanded tensor has less memory than elements.
+                let strides = case.extras.strides;
+                is_split(case) && matches!(strides, Strides::Transposed | Strides::Packed)
+            },
+            make: |stages| {
+                stages.asked = |_, asked| {
+                    asked.each(|tensor| {
+                        let size = tensor.size();
+                        let step = |axis: usize| size[axis + 1..].iter().product();
+                        let strides: Vec<i64> = (0..size.len()).map(step).collect();
+                        Ok(tensor.f_as_strided(&size, &strides, None)?)
+                    })
+                };
+            },
         },
     },
     Fault {
@@ -168,12 +186,14 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::ShardingIgnored,
         effect: "Masks and positions are those of other tokens where shards are balanced.",
         source: None,
-        applies: |case| is_split(case) && case.extras.sharding != Sharding::Contiguous,
-        make: |stages| {
-            stages.asked = |_, asked| {
-                asked.options.sharding = ulysses::Sharding::Contiguous;
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_split(case) && case.extras.sharding != Sharding::Contiguous,
+            make: |stages| {
+                stages.asked = |_, asked| {
+                    asked.options.sharding = ulysses::Sharding::Contiguous;
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -181,18 +201,20 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::WrongShape,
         effect: "The output has all heads in one dimension.",
         source: Some("DeepSpeed PR #6750"),
-        applies: is_split,
-        make: |stages| {
-            stages.answered = |_, answer| {
-                if let Some(out) = answer.get_mut("out") {
-                    let last = out.shape.pop().unwrap_or(1);
-                    out.shape
-                        .iter_mut()
-                        .skip(2)
-                        .for_each(|heads| *heads *= last);
-                }
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: is_split,
+            make: |stages| {
+                stages.answered = |_, answer| {
+                    if let Some(out) = answer.get_mut("out") {
+                        let last = out.shape.pop().unwrap_or(1);
+                        out.shape
+                            .iter_mut()
+                            .skip(2)
+                            .for_each(|heads| *heads *= last);
+                    }
+                    Ok(())
+                };
+            },
         },
     },
     Fault {
@@ -200,21 +222,23 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::WrongShape,
         effect: "The output has another element type than the inputs.",
         source: None,
-        applies: |case| is_split(case) && case.dtype != Dtype::F32,
-        make: |stages| {
-            stages.answered = |_, answer| {
-                if let Some(out) = answer.get_mut("out") {
-                    *out = fixtures::Array::from_f64(Dtype::F32, &out.shape, &out.to_f64());
-                }
-                Ok(())
-            };
+        made: Made::InAttention {
+            applies: |case| is_split(case) && case.dtype != Dtype::F32,
+            make: |stages| {
+                stages.answered = |_, answer| {
+                    if let Some(out) = answer.get_mut("out") {
+                        *out = fixtures::Array::from_f64(Dtype::F32, &out.shape, &out.to_f64());
+                    }
+                    Ok(())
+                };
+            },
         },
     },
 ];
 
 /// Whether attention depends on the order of tokens: else nothing shows but that
 /// outputs come to the wrong rank.
-fn knows_order(case: &Case) -> bool {
+fn knows_order(case: &AttentionCase) -> bool {
     let extras = &case.extras;
     case.mask == Mask::Causal
         || extras.window.is_some()

@@ -6,14 +6,13 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fixtures::exchange::{AnswerInfo, AnswerStatus, CaseInfo, Declared, Tensors};
-use fixtures::{Case, Inputs, exchange};
+use fixtures::exchange::{AnswerInfo, AnswerStatus, AskedInfo, CaseInfo, Declared, Tensors};
 use ulysses::{
     Communicator, CommunicatorError, CountingCommunicator, Error, Kernel, ThreadCommunicator,
 };
 
-use super::Fault;
 use super::rank::{At, Halt, Memory, Staged, Stages};
+use super::{Fault, Made, Told};
 use crate::implementation::{self, Claims, Collapse, Failure, Implementation, RankAnswer};
 
 /// How long ranks wait for one that does not come. Those here have milliseconds
@@ -25,6 +24,8 @@ const TIME_LIMIT: Duration = Duration::from_secs(1);
 pub struct Assembled {
     name: &'static str,
     stages: Stages,
+    /// What a rank answers in the other profiles.
+    other: fn(&Told<'_>) -> Staged<Tensors>,
     /// Those of the last case, unless it went wrong.
     ranks: Vec<Rank>,
 }
@@ -41,6 +42,7 @@ impl Assembled {
         Assembled {
             name: "right",
             stages: Stages::default(),
+            other: |told| told.right(),
             ranks: Vec::new(),
         }
     }
@@ -62,7 +64,10 @@ impl Assembled {
     pub fn with(fault: &Fault) -> Assembled {
         let mut assembled = Assembled::right();
         assembled.name = fault.name;
-        (fault.make)(&mut assembled.stages);
+        match &fault.made {
+            Made::InAttention { make, .. } => make(&mut assembled.stages),
+            Made::InProfile { answer, .. } => assembled.other = *answer,
+        }
         assembled
     }
 
@@ -98,17 +103,16 @@ impl Implementation for Assembled {
         })
     }
 
-    fn ask(&mut self, case: &Case, inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure> {
-        let shards = exchange::shards(case, inputs, 0);
-        let ranks = self.take_ranks(case.world);
-        let stages = &self.stages;
+    fn ask(&mut self, posed: Vec<(CaseInfo, Tensors)>) -> Result<Vec<RankAnswer>, Failure> {
+        let ranks = self.take_ranks(posed.len());
+        let (stages, other) = (&self.stages, self.other);
         let ended: Vec<_> = thread::scope(|scope| {
             let threads: Vec<_> = ranks
                 .into_iter()
-                .zip(&shards)
+                .zip(&posed)
                 .map(|(rank, (info, inputs))| {
                     scope.spawn(move || {
-                        let answered = rank.answer(stages, info, inputs);
+                        let answered = rank.answer(stages, other, info, inputs);
                         (rank, answered)
                     })
                 })
@@ -139,18 +143,29 @@ impl Rank {
     fn answer(
         &self,
         stages: &Stages,
+        other: fn(&Told<'_>) -> Staged<Tensors>,
         info: &CaseInfo,
         inputs: &Tensors,
     ) -> (Staged<Tensors>, AnswerInfo) {
         self.communicator.reset();
         let start = Instant::now();
         let communicator: Arc<dyn Communicator> = Arc::clone(&self.communicator) as _;
-        let at = At {
-            info,
-            communicator: &communicator,
-            memory: &self.memory,
+        let answered = match &info.asked {
+            AskedInfo::Attention(asked) => {
+                let at = At {
+                    told: info,
+                    info: asked,
+                    communicator: &communicator,
+                    memory: &self.memory,
+                };
+                stages.answer(&at, inputs)
+            }
+            _ => other(&Told {
+                communicator: &communicator,
+                info,
+                inputs,
+            }),
         };
-        let answered = stages.answer(&at, inputs);
         let info = AnswerInfo {
             status: AnswerStatus::Ok,
             message: String::new(),

@@ -1,10 +1,10 @@
 //! Faults of sequence lengths, and of how ranks share them.
 
-use fixtures::{Case, Mask, Sharding, State};
+use fixtures::{AttentionCase, Mask, Sharding, State};
 use tch::Tensor;
 
 use super::rank::{Asked, Staged};
-use super::{Fault, is_split};
+use super::{Fault, Made, is_split};
 use crate::diagnosis::Mistake;
 
 pub(super) const FAULTS: &[Fault] = &[
@@ -13,10 +13,14 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::RemainderTokensLost,
         effect: "The last tokens of longer shards have no output and are seen by nobody.",
         source: Some("DeepSpeed #7384, #7842, #5177"),
-        applies: |case| is_uneven(case) && has_tokens_alone(case) && case.sequence >= case.world,
-        make: |stages| {
-            stages.asked = |at, asked| keep(asked, at.info.sequence / at.world());
-            stages.returned = |at, output| fill(&output, at.info.shard_lengths[at.rank()]);
+        made: Made::InAttention {
+            applies: |case| {
+                is_uneven(case) && has_tokens_alone(case) && case.sequence >= case.world
+            },
+            make: |stages| {
+                stages.asked = |at, asked| keep(asked, at.info.sequence / at.world());
+                stages.returned = |at, output| fill(&output, at.info.shard_lengths[at.rank()]);
+            },
         },
     },
     Fault {
@@ -24,23 +28,28 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::FillTokensSeen,
         effect: "Outputs are smaller where the length is no multiple of the ranks.",
         source: Some("diffusers #13277; vllm-omni #492, PR #672"),
-        applies: |case| {
-            let has_positions = case.extras.rotary.is_some();
-            is_uneven(case) && has_tokens_alone(case) && case.mask == Mask::Full && !has_positions
-        },
-        make: |stages| {
-            stages.asked = |at, asked| {
-                let longest = at.info.sequence.div_ceil(at.world());
-                asked.each(|tensor| fill(tensor, longest))?;
-                let tokens = at.info.shard_lengths[at.rank()];
-                let missing = (longest - tokens) as i64;
-                asked.positions = asked.positions.f_constant_pad_nd([0, missing])?;
-                Ok(())
-            };
-            stages.returned = |at, output| {
-                let tokens = at.info.shard_lengths[at.rank()] as i64;
-                Ok(output.f_narrow(1, 0, tokens)?)
-            };
+        made: Made::InAttention {
+            applies: |case| {
+                let has_positions = case.extras.rotary.is_some();
+                is_uneven(case)
+                    && has_tokens_alone(case)
+                    && case.mask == Mask::Full
+                    && !has_positions
+            },
+            make: |stages| {
+                stages.asked = |at, asked| {
+                    let longest = at.info.sequence.div_ceil(at.world());
+                    asked.each(|tensor| fill(tensor, longest))?;
+                    let tokens = at.info.shard_lengths[at.rank()];
+                    let missing = (longest - tokens) as i64;
+                    asked.positions = asked.positions.f_constant_pad_nd([0, missing])?;
+                    Ok(())
+                };
+                stages.returned = |at, output| {
+                    let tokens = at.info.shard_lengths[at.rank()] as i64;
+                    Ok(output.f_narrow(1, 0, tokens)?)
+                };
+            },
         },
     },
     Fault {
@@ -48,25 +57,27 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::StaleLength,
         effect: "After a longer sequence came, tokens beyond the length of the first are lost.",
         source: Some("TensorRT-LLM PR #13486"),
-        applies: |case| case.world > 1 && case.extras.state == Some(State::OtherLength),
-        make: |stages| {
-            stages.asked = |at, asked| {
-                let now = at.info.shard_lengths[at.rank()];
-                let first = *at.memory.borrow_mut().first.get_or_insert(now);
-                keep(asked, first.min(now))
-            };
-            stages.returned = |at, output| fill(&output, at.info.shard_lengths[at.rank()]);
+        made: Made::InAttention {
+            applies: |case| case.world > 1 && case.extras.state == Some(State::OtherLength),
+            make: |stages| {
+                stages.asked = |at, asked| {
+                    let now = at.info.shard_lengths[at.rank()];
+                    let first = *at.memory.borrow_mut().first.get_or_insert(now);
+                    keep(asked, first.min(now))
+                };
+                stages.returned = |at, output| fill(&output, at.info.shard_lengths[at.rank()]);
+            },
         },
     },
 ];
 
-fn is_uneven(case: &Case) -> bool {
+fn is_uneven(case: &AttentionCase) -> bool {
     let is_contiguous = case.extras.sharding == Sharding::Contiguous;
     is_split(case) && is_contiguous && !case.sequence.is_multiple_of(case.world)
 }
 
 /// Whether tokens can be taken away or added and the rest still makes sense.
-fn has_tokens_alone(case: &Case) -> bool {
+fn has_tokens_alone(case: &AttentionCase) -> bool {
     let extras = &case.extras;
     extras.documents.is_none()
         && extras.padding.is_none()

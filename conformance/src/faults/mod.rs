@@ -18,8 +18,10 @@
 //! | `trial`, `tally` | a fault on a case: whether it is wrong there, and what the judge says; and on all cases |
 
 mod attention;
+mod batch;
 mod checks;
 mod communication;
+mod decoder;
 mod detour;
 mod exchange;
 mod gradients;
@@ -27,6 +29,9 @@ mod heads;
 mod implementation;
 mod lengths;
 mod local;
+mod loss;
+mod mesh;
+mod model;
 mod plain;
 mod positions;
 mod precision;
@@ -36,14 +41,19 @@ mod selection;
 mod sequence;
 mod state;
 mod tally;
+mod tiled;
 mod trial;
 
 use std::fmt;
+use std::sync::Arc;
 
-use fixtures::Case;
+use fixtures::exchange::{CaseInfo, Tensors};
+use fixtures::{AttentionCase, Case};
+use ulysses::Communicator;
 
 use crate::diagnosis::{Class, Mistake};
-use rank::Stages;
+use crate::implementation::answer_of_profile;
+use rank::{Halt, Staged, Stages};
 
 pub use implementation::Assembled;
 pub use selection::cases;
@@ -61,10 +71,38 @@ pub struct Fault {
     pub effect: &'static str,
     /// Where somebody made this mistake, if that is known.
     pub source: Option<&'static str>,
-    /// On which cases it can show.
-    applies: fn(&Case) -> bool,
-    /// What is done in place of the right thing.
-    make: fn(&mut Stages),
+    /// On which cases it can show, and what is done in place of the right
+    /// thing.
+    made: Made,
+}
+
+/// Where a fault shows, and how it is made.
+#[derive(Clone, Copy)]
+enum Made {
+    /// In attention: a stage is replaced.
+    InAttention {
+        applies: fn(&AttentionCase) -> bool,
+        make: fn(&mut Stages),
+    },
+    /// In another profile: each rank answers so.
+    InProfile {
+        applies: fn(&Case) -> bool,
+        answer: fn(&Told<'_>) -> Staged<Tensors>,
+    },
+}
+
+/// A rank of another profile than attention, and what it is asked.
+struct Told<'a> {
+    communicator: &'a Arc<dyn Communicator>,
+    info: &'a CaseInfo,
+    inputs: &'a Tensors,
+}
+
+impl Told<'_> {
+    /// What the reference answers.
+    fn right(&self) -> Staged<Tensors> {
+        answer_of_profile(self.communicator, self.info, self.inputs).map_err(Halt::Said)
+    }
 }
 
 impl Fault {
@@ -75,7 +113,10 @@ impl Fault {
 
     /// Whether the fault can show in `case`.
     pub fn applies(&self, case: &Case) -> bool {
-        (self.applies)(case)
+        match &self.made {
+            Made::InAttention { applies, .. } => case.attention().is_some_and(applies),
+            Made::InProfile { applies, .. } => applies(case),
+        }
     }
 }
 
@@ -93,6 +134,11 @@ pub fn all() -> impl Iterator<Item = &'static Fault> {
         attention::FAULTS,
         gradients::FAULTS,
         positions::FAULTS,
+        loss::FAULTS,
+        tiled::FAULTS,
+        batch::FAULTS,
+        mesh::FAULTS,
+        model::FAULTS,
         lengths::FAULTS,
         precision::FAULTS,
         state::FAULTS,
@@ -104,13 +150,13 @@ pub fn all() -> impl Iterator<Item = &'static Fault> {
 }
 
 /// Whether ranks share the work, and a good question is asked once.
-fn is_split(case: &Case) -> bool {
+fn is_split(case: &AttentionCase) -> bool {
     let extras = &case.extras;
     case.world > 1 && !extras.eval && extras.state.is_none() && extras.defect.is_none()
 }
 
 /// The same, and each rank has equally many tokens.
-fn is_even(case: &Case) -> bool {
+fn is_even(case: &AttentionCase) -> bool {
     let shards = case.shards();
     is_split(case) && shards.iter().all(|shard| shard.len() == shards[0].len())
 }

@@ -1,11 +1,11 @@
 //! Faults of element types.
 
-use fixtures::{Case, Dtype};
+use fixtures::{AttentionCase, Dtype};
 use tch::{Kind, Tensor};
 
 use super::local::Local;
 use super::rank::Staged;
-use super::{Fault, detour, is_split, plain};
+use super::{Fault, Made, detour, is_split, plain};
 use crate::diagnosis::Mistake;
 
 pub(super) const FAULTS: &[Fault] = &[
@@ -14,11 +14,13 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::ExchangeInBf16,
         effect: "Training in float32 has the noise of bfloat16.",
         source: Some("DeepSpeed PR #7175"),
-        applies: |case| is_split(case) && is_precise(case),
-        make: |stages| {
-            // A cast rounds on the way back too.
-            stages.asked = |_, asked| asked.each(through_bf16);
-            stages.attended = |_, output| through_bf16(&output);
+        made: Made::InAttention {
+            applies: |case| is_split(case) && is_precise(case),
+            make: |stages| {
+                // A cast rounds on the way back too.
+                stages.asked = |_, asked| asked.each(through_bf16);
+                stages.attended = |_, output| through_bf16(&output);
+            },
         },
     },
     Fault {
@@ -26,18 +28,20 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::GradientsInBf16,
         effect: "The loss is right, and gradients have the noise of bfloat16.",
         source: Some("DeepSpeed PR #4530"),
-        applies: |case| is_split(case) && is_precise(case),
-        make: |stages| {
-            stages.asked = |_, asked| {
-                let rounded = |tensor: &Tensor| {
-                    let kind = tensor.f_kind()?;
-                    detour::backward_of(tensor, move |cotangent| {
-                        Ok(cotangent.f_to_kind(Kind::BFloat16)?.f_to_kind(kind)?)
-                    })
+        made: Made::InAttention {
+            applies: |case| is_split(case) && is_precise(case),
+            make: |stages| {
+                stages.asked = |_, asked| {
+                    let rounded = |tensor: &Tensor| {
+                        let kind = tensor.f_kind()?;
+                        detour::backward_of(tensor, move |cotangent| {
+                            Ok(cotangent.f_to_kind(Kind::BFloat16)?.f_to_kind(kind)?)
+                        })
+                    };
+                    asked.each(rounded)?;
+                    asked.each_of_heads(rounded)
                 };
-                asked.each(rounded)?;
-                asked.each_of_heads(rounded)
-            };
+            },
         },
     },
     Fault {
@@ -45,12 +49,15 @@ pub(super) const FAULTS: &[Fault] = &[
         mistake: Mistake::PartialResultsInBf16,
         effect: "Errors grow with the number of blocks that are added up.",
         source: Some("ring-flash-attention #42, #67"),
-        applies: |case| is_split(case) && !is_precise(case) && is_plain(case),
-        make: |stages| {
-            stages.core = |_, local| {
-                let weights = plain::weights(local, &local.query, &local.expanded(&local.key)?)?;
-                added_up_block_by_block(local, &weights)
-            };
+        made: Made::InAttention {
+            applies: |case| is_split(case) && !is_precise(case) && is_plain(case),
+            make: |stages| {
+                stages.core = |_, local| {
+                    let weights =
+                        plain::weights(local, &local.query, &local.expanded(&local.key)?)?;
+                    added_up_block_by_block(local, &weights)
+                };
+            },
         },
     },
     Fault {
@@ -59,26 +66,28 @@ pub(super) const FAULTS: &[Fault] = &[
         effect: "Outputs are a little too small, all of them.",
         source: None,
         // Where sums are rounded too, honest errors are larger than these.
-        applies: |case| is_split(case) && !is_precise(case) && is_plain(case),
-        make: |stages| {
-            stages.core = |_, local| {
-                let kind = local.query.f_kind()?;
-                let [query, key, value] = [&local.query, &local.key, &local.value]
-                    .map(|tensor| tensor.f_to_kind(Kind::Double));
-                let precise = local.attend_with([&query?, &key?, &value?])?;
-                truncated(&precise, kind)
-            };
+        made: Made::InAttention {
+            applies: |case| is_split(case) && !is_precise(case) && is_plain(case),
+            make: |stages| {
+                stages.core = |_, local| {
+                    let kind = local.query.f_kind()?;
+                    let [query, key, value] = [&local.query, &local.key, &local.value]
+                        .map(|tensor| tensor.f_to_kind(Kind::Double));
+                    let precise = local.attend_with([&query?, &key?, &value?])?;
+                    truncated(&precise, kind)
+                };
+            },
         },
     },
 ];
 
 /// Whether bfloat16 would be seen in it.
-fn is_precise(case: &Case) -> bool {
+fn is_precise(case: &AttentionCase) -> bool {
     matches!(case.dtype, Dtype::F64 | Dtype::F32)
 }
 
 /// Whether the plain formula does it.
-fn is_plain(case: &Case) -> bool {
+fn is_plain(case: &AttentionCase) -> bool {
     case.extras.block.is_none() && case.extras.dropout.is_none()
 }
 

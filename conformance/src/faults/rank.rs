@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use fixtures::exchange::{CaseInfo, Declared, Tensors};
+use fixtures::exchange::{AttentionInfo, CaseInfo, Declared, Tensors};
 use tch::{TchError, Tensor};
 use ulysses::{
     Communicator, CommunicatorError, Error, Exchange, HeadPartition, Kernel, Options, Sharding,
@@ -53,27 +53,28 @@ pub(super) struct Memory {
 
 /// The rank, and what it is asked.
 pub(super) struct At<'a> {
-    pub(super) info: &'a CaseInfo,
+    pub(super) told: &'a CaseInfo,
+    pub(super) info: &'a AttentionInfo,
     pub(super) communicator: &'a Arc<dyn Communicator>,
     pub(super) memory: &'a RefCell<Memory>,
 }
 
 impl At<'_> {
     pub(super) fn rank(&self) -> usize {
-        self.info.rank
+        self.told.rank
     }
 
     pub(super) fn world(&self) -> usize {
-        self.info.world
+        self.told.world
     }
 
     /// The world size, as a factor.
     pub(super) fn factor(&self) -> f64 {
-        self.info.world as f64
+        self.told.world as f64
     }
 
     pub(super) fn is_last(&self) -> bool {
-        self.info.rank + 1 == self.info.world
+        self.told.rank + 1 == self.told.world
     }
 
     /// Which tokens each rank holds.
@@ -92,7 +93,7 @@ impl At<'_> {
         Ok(HeadPartition::new(
             info.query_heads,
             info.kv_heads,
-            info.world,
+            self.world(),
         )?)
     }
 }
@@ -217,7 +218,8 @@ impl Default for Stages {
 impl Stages {
     /// The tensors of the answer of one rank.
     pub(super) fn answer(&self, at: &At<'_>, inputs: &Tensors) -> Staged<Tensors> {
-        let question = Question::read(at.info, inputs, Kernel::Sdpa).map_err(Halt::Said)?;
+        let question =
+            Question::read(at.told, at.info, inputs, Kernel::Sdpa).map_err(Halt::Said)?;
         let out = self.forward(at, Asked::of(at, &question)?)?;
         // Backward of the sum of products gives `out` the cotangent dO, exactly.
         out.f_mul(&question.dout)?.f_sum(None)?.f_backward()?;

@@ -2,12 +2,14 @@
 //! faults. They are the catalogue's kinds, at a quarter of its length.
 
 use fixtures::{
-    Case, Content, Defect, Documents, Dtype, Extras, Mask, Padding, Rotary, Sharding, State,
-    Strides,
+    AttentionCase, Case, Content, Defect, Documents, Dtype, Extras, Mask, Padding, Rotary,
+    Sharding, State, Strides,
 };
 
+use crate::catalogue;
+
 /// A change to the plain case.
-type Change = fn(&mut Case);
+type Change = fn(&mut AttentionCase);
 
 /// Sizes, masks, element types and contents.
 const SIZES: [(usize, Change); 20] = [
@@ -159,13 +161,15 @@ const DEFECTS: [(usize, Change); 14] = [
 /// Every case on which faults are tried.
 pub fn cases() -> Vec<Case> {
     let changes = SIZES.iter().chain(&BEYOND).chain(&DEFECTS);
-    changes
-        .map(|&(world, change)| changed(world, change))
-        .collect()
+    let attention = changes.map(|&(world, change)| changed(world, change).into());
+    // The others' cases are small as they are.
+    let others = catalogue::cases().into_iter();
+    let others = others.filter(|case| case.attention().is_none() && case.world() > 1);
+    attention.chain(others).collect()
 }
 
-fn changed(world: usize, change: Change) -> Case {
-    let mut case = Case {
+fn changed(world: usize, change: Change) -> AttentionCase {
+    let mut case = AttentionCase {
         world,
         batch: 2,
         sequence: 36,
@@ -184,13 +188,13 @@ fn changed(world: usize, change: Change) -> Case {
 }
 
 /// Rows that average over many tokens.
-fn many_tokens(case: &mut Case, dtype: Dtype) {
+fn many_tokens(case: &mut AttentionCase, dtype: Dtype) {
     (case.batch, case.sequence, case.dtype) = (1, 132, dtype);
     (case.mask, case.content) = (Mask::Full, Content::Gaussian);
 }
 
 /// Dropout, where values show which weights were dropped.
-fn dropped(case: &mut Case, mask: Mask) {
+fn dropped(case: &mut AttentionCase, mask: Mask) {
     (case.mask, case.extras.value_size) = (mask, Some(case.sequence));
     (case.content, case.extras.dropout) = (Content::Onehot, Some(30));
 }

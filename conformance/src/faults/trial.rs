@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 
-use fixtures::exchange::{AnswerStatus, Declared};
-use fixtures::{Case, Dtype, Inputs};
+use fixtures::exchange::{AnswerStatus, CaseInfo, Declared, Tensors};
+use fixtures::{Case, Dtype};
 
 use super::{Assembled, Fault};
 use crate::diagnosis::Mistake;
@@ -82,7 +82,7 @@ impl Trials {
         };
         let right = right.as_ref().unwrap_or(&self.right);
         let (answered, judgement) = ask(assembled, &self.case);
-        let limit = roundoffs(fault, &self.case) * self.case.dtype.unit_roundoff();
+        let limit = roundoffs(fault, &self.case) * self.case.dtype().unit_roundoff();
         let questions = right.iter().zip(&answered);
         let is_wrong =
             questions
@@ -103,7 +103,7 @@ impl Trials {
 /// tensor's norm: sums of another order in types that are rounded once for each
 /// term, and sums that are rounded once in half types.
 fn roundoffs(fault: &Fault, case: &Case) -> f64 {
-    match (fault.mistake, case.dtype) {
+    match (fault.mistake, case.dtype()) {
         // Their answers are off by no more than a few.
         (Mistake::BiasedRounding, _) => 0.5,
         (Mistake::PartialResultsInBf16, _) => 2.0,
@@ -143,8 +143,8 @@ impl Implementation for Witnessed {
         self.inner.claims(world)
     }
 
-    fn ask(&mut self, case: &Case, inputs: &Inputs) -> Answered {
-        let answered = self.inner.ask(case, inputs);
+    fn ask(&mut self, posed: Vec<(CaseInfo, Tensors)>) -> Answered {
+        let answered = self.inner.ask(posed);
         self.answered.push(answered.clone());
         answered
     }
@@ -153,11 +153,12 @@ impl Implementation for Witnessed {
 /// Whether two answers are not the same but for roundings.
 fn differ(case: &Case, right: &[RankAnswer], other: &[RankAnswer], limit: f64) -> bool {
     let pairs = || right.iter().flatten().zip(other.iter().flatten());
+    let is_eval = case.attention().is_some_and(|case| case.extras.eval);
     let differ_in_kind = pairs().any(|((right, _), (other, _))| {
         let sends = |bytes: Option<u64>| bytes.is_some_and(|bytes| bytes > 0);
         right.status != other.status
             || right.message.is_empty() != other.message.is_empty()
-            || case.extras.eval && sends(right.bytes_sent) != sends(other.bytes_sent)
+            || is_eval && sends(right.bytes_sent) != sends(other.bytes_sent)
     });
     let is_answered = pairs().all(|((right, _), _)| right.status == AnswerStatus::Ok);
     differ_in_kind || is_answered && tensors_differ(right, other, limit)
@@ -167,6 +168,7 @@ fn differ(case: &Case, right: &[RankAnswer], other: &[RankAnswer], limit: f64) -
 fn tensors_differ(right: &[RankAnswer], other: &[RankAnswer], limit: f64) -> bool {
     let names: BTreeSet<&String> = right
         .iter()
+        .chain(other)
         .flatten()
         .flat_map(|(_, tensors)| tensors.keys())
         .collect();

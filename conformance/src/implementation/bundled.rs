@@ -22,12 +22,22 @@ pub enum Bundled {
     /// A Ulysses of some sixty lines in plain PyTorch over gloo, the example
     /// for implementers
     TorchPlain,
+    /// A decoder of the Llama family around it
+    TorchPlainLlama,
     /// deepspeed.sequence.layer.DistributedAttention of the real package,
     /// around SDPA
     DeepspeedDistributedAttention,
     /// UlyssesSPAttentionHF of the real package deepspeed, around the SDPA of
     /// transformers
     DeepspeedUlyssesHf,
+    /// TiledMLP, TiledFusedLogitsLoss and UlyssesSPDataLoaderAdapter of the real
+    /// package deepspeed
+    DeepspeedTiled,
+    /// sequence_tiled_compute of the real package deepspeed
+    DeepspeedTiledCompute,
+    /// LlamaForCausalLM of transformers, registered with the real package
+    /// deepspeed
+    DeepspeedLlama,
 }
 
 /// Where the adapters of this checkout are.
@@ -60,10 +70,14 @@ impl Bundled {
             Bundled::Reference => return Ok(Box::new(ReferenceOnThreads::new(kernel))),
             Bundled::ReferenceMpi => mpi_launch(kernel)?,
             Bundled::TorchPlain => python_launch("torch_plain.py")?,
+            Bundled::TorchPlainLlama => python_launch("torch_plain_llama.py")?,
             Bundled::DeepspeedDistributedAttention => {
                 python_launch("deepspeed_distributed_attention.py")?
             }
             Bundled::DeepspeedUlyssesHf => python_launch("deepspeed_ulysses_hf.py")?,
+            Bundled::DeepspeedTiled => python_launch("deepspeed_tiled.py")?,
+            Bundled::DeepspeedTiledCompute => python_launch("deepspeed_tiled_compute.py")?,
+            Bundled::DeepspeedLlama => python_launch("deepspeed_llama.py")?,
         };
         Ok(Box::new(External::new(
             self.name(),

@@ -7,7 +7,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use fixtures::{Case, Inputs};
+use fixtures::exchange::{CaseInfo, Tensors};
 
 use super::pool::Pool;
 use super::{Claims, Failure, Implementation, Interrupt, Log, RankAnswer};
@@ -162,8 +162,8 @@ impl Implementation for External {
         Ok(self.pool(world)?.claims())
     }
 
-    fn ask(&mut self, case: &Case, inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure> {
-        self.pool(case.world)?.ask(case, inputs)
+    fn ask(&mut self, posed: Vec<(CaseInfo, Tensors)>) -> Result<Vec<RankAnswer>, Failure> {
+        self.pool(posed.len())?.ask(posed)
     }
 
     fn logs(&self, world: usize) -> Vec<Log> {

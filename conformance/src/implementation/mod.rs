@@ -19,14 +19,13 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use fixtures::exchange::{AnswerInfo, Declared, Tensors};
-use fixtures::{Case, Inputs};
+use fixtures::exchange::{AnswerInfo, CaseInfo, Declared, Tensors};
 
 pub use bundled::{Bundled, launch_of};
 pub use collapse::Collapse;
 pub use external::{Conditions, External, Launch, LaunchError};
 pub use kernel::{kernel_name, kernel_parser};
-pub(crate) use reference_rank::Question;
+pub(crate) use reference_rank::{Question, answer_of_profile, model};
 pub use reference_rank::{ReferenceRank, claims};
 pub use telling::TellingCommunicator;
 pub use threads::ReferenceOnThreads;
@@ -43,13 +42,13 @@ pub trait Implementation {
     /// If it cannot be started on that many ranks.
     fn claims(&mut self, world: usize) -> Result<Claims, Failure>;
 
-    /// Asks it one case, and gives the answers of all ranks, in rank order.
-    /// `inputs` are those of the case.
+    /// Asks it one question, which is posed to each rank in rank order, and gives
+    /// the answers in that order.
     ///
     /// # Errors
     ///
     /// If not every rank answered.
-    fn ask(&mut self, case: &Case, inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure>;
+    fn ask(&mut self, posed: Vec<(CaseInfo, Tensors)>) -> Result<Vec<RankAnswer>, Failure>;
 
     /// What its processes on `world` ranks have written since they were asked
     /// last; nothing where it has no processes.

@@ -11,9 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fixtures::exchange::{
-    self, AnswerStatus, Declared, FOLDER_VARIABLE, Hello, Judge, PROTOCOL, Session, SessionInfo,
+    AnswerStatus, CaseInfo, Declared, FOLDER_VARIABLE, Hello, Judge, PROTOCOL, Session,
+    SessionInfo, Tensors,
 };
-use fixtures::{Case, Inputs};
 use tempfile::TempDir;
 
 use super::collapse::{self, Collapse, LastSeen};
@@ -224,7 +224,10 @@ impl Pool {
     }
 
     /// Asks the ranks one case.
-    pub(super) fn ask(&mut self, case: &Case, inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure> {
+    pub(super) fn ask(
+        &mut self,
+        mut posed: Vec<(CaseInfo, Tensors)>,
+    ) -> Result<Vec<RankAnswer>, Failure> {
         let number = self.next_number;
         self.next_number += 1;
         self.is_idle = false;
@@ -235,11 +238,14 @@ impl Pool {
         for (path, length) in &mut self.logged {
             *length = fs::metadata(path).map_or(0, |file| file.len());
         }
-        if let Err(error) = self.session.pose(&exchange::shards(case, inputs, number)) {
+        for (info, _) in &mut posed {
+            info.number = number;
+        }
+        if let Err(error) = self.session.pose(&posed) {
             return Err(Failure::Harness(error.to_string()));
         }
         let deadline = Instant::now() + self.case_limit;
-        let mut answers: Vec<Option<RankAnswer>> = vec![None; case.world];
+        let mut answers: Vec<Option<RankAnswer>> = vec![None; self.world];
         let waited = self.wait(deadline, |pool| {
             for (rank, answer) in answers.iter_mut().enumerate() {
                 if answer.is_none() {
@@ -257,7 +263,7 @@ impl Pool {
                 Look::Waiting
             }
         });
-        let silent = || (0..case.world).filter(|&rank| answers[rank].is_none());
+        let silent = || (0..self.world).filter(|&rank| answers[rank].is_none());
         match waited {
             Waited::Done => match self.session.forget(number) {
                 Ok(()) => {
@@ -296,7 +302,7 @@ impl Pool {
                 let sentence = match errors.clone().next() {
                     None => {
                         let limit = self.case_limit.as_secs_f64();
-                        let waiting = waiting((0..case.world).collect()).unwrap_or(ranks);
+                        let waiting = waiting((0..self.world).collect()).unwrap_or(ranks);
                         format!("no answer within {limit} s: {waiting}")
                     }
                     Some((rank, message)) => {

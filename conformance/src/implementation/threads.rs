@@ -3,8 +3,7 @@
 use std::sync::Arc;
 use std::thread;
 
-use fixtures::exchange::AnswerStatus;
-use fixtures::{Case, Inputs, exchange};
+use fixtures::exchange::{AnswerStatus, CaseInfo, Tensors};
 use ulysses::{Kernel, ThreadCommunicator};
 
 use super::{Claims, Collapse, Failure, Implementation, RankAnswer, ReferenceRank, claims};
@@ -48,13 +47,12 @@ impl Implementation for ReferenceOnThreads {
         Ok(claims(self.kernel))
     }
 
-    fn ask(&mut self, case: &Case, inputs: &Inputs) -> Result<Vec<RankAnswer>, Failure> {
-        let shards = exchange::shards(case, inputs, 0);
-        let ranks = self.take_ranks(case.world);
+    fn ask(&mut self, posed: Vec<(CaseInfo, Tensors)>) -> Result<Vec<RankAnswer>, Failure> {
+        let ranks = self.take_ranks(posed.len());
         thread::scope(|scope| {
             let ranks: Vec<_> = ranks
                 .into_iter()
-                .zip(&shards)
+                .zip(&posed)
                 .map(|(mut rank, (info, inputs))| {
                     scope.spawn(move || {
                         let answer = rank.answer(info, inputs);

@@ -1,7 +1,7 @@
 //! From the ranks' tensors to the answer over the whole sequence.
 
 use fixtures::exchange::{Tensors, tensor};
-use fixtures::{Array, Case, Shard, sharding};
+use fixtures::{Array, AttentionCase, Shard, sharding};
 
 use crate::oracle::{Answer, AnswerTensor};
 
@@ -19,7 +19,10 @@ pub(super) struct Whole {
 /// # Errors
 ///
 /// Which rank's tensor is missing, or is not what is due.
-pub(super) fn whole_answers(case: &Case, ranks: &[&Tensors]) -> Result<Vec<Whole>, String> {
+pub(super) fn whole_answers(
+    case: &AttentionCase,
+    ranks: &[&Tensors],
+) -> Result<Vec<Whole>, String> {
     let shards = case.shards();
     let parts = ranks
         .iter()
@@ -56,7 +59,7 @@ pub(super) fn whole_answers(case: &Case, ranks: &[&Tensors]) -> Result<Vec<Whole
 }
 
 /// Whether every rank gives a part of each element, and not some tokens whole.
-fn is_whole_on_each_rank(case: &Case, name: AnswerTensor) -> bool {
+fn is_whole_on_each_rank(case: &AttentionCase, name: AnswerTensor) -> bool {
     let of_kv = matches!(
         name,
         AnswerTensor::KeyGradient | AnswerTensor::ValueGradient
@@ -66,7 +69,7 @@ fn is_whole_on_each_rank(case: &Case, name: AnswerTensor) -> bool {
 
 /// One tensor of one rank, if it is what is due.
 fn part<'a>(
-    case: &Case,
+    case: &AttentionCase,
     rank: usize,
     shard: &Shard,
     name: AnswerTensor,

@@ -1,7 +1,7 @@
 //! How an answer compares with the right one.
 
 use fixtures::exchange::Precision;
-use fixtures::{Array, Case, Inputs};
+use fixtures::{Array, AttentionCase, Inputs};
 
 use super::Verdict;
 use super::dense;
@@ -13,18 +13,21 @@ use crate::oracle::{self, Answer, AnswerTensor, Rounded};
 /// How the tensors of an answer compare with the right ones.
 #[derive(Clone, Debug)]
 pub struct Comparison {
-    /// In the order of [`AnswerTensor::ALL`].
+    /// In the order of a report.
     pub tensors: Vec<TensorComparison>,
 }
 
 /// How one tensor compares with the right one.
 #[derive(Clone, Debug)]
 pub struct TensorComparison {
-    /// Which tensor.
-    pub tensor: AnswerTensor,
-    /// Whether it is bit-equal to dense SDPA. Never where scores are not
-    /// SDPA's own, nor for a gradient of head state, which is a sum over ranks
-    /// in no order of its own.
+    /// The name, as in a rank's answer: `dq`.
+    pub name: String,
+    /// Whether it is the sum of the ranks' parts, in no order of its own: such
+    /// a one is never exact.
+    pub is_sum: bool,
+    /// Whether it is bit-equal to what one process gives: of attention to dense
+    /// SDPA, never where scores are not SDPA's own; else to the right answer,
+    /// rounded once.
     pub is_exact: bool,
     /// Its numbers.
     pub numbers: usize,
@@ -47,7 +50,7 @@ pub struct TensorComparison {
 }
 
 /// A number that is further off than it may be.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct WrongNumber {
     /// The row in which it stands.
     pub place: Place,
@@ -62,7 +65,7 @@ pub struct WrongNumber {
 }
 
 /// Where a row stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
     /// One head of one token.
     Token {
@@ -75,6 +78,9 @@ pub enum Place {
     },
     /// One head of the gradient of what belongs to heads.
     Head(usize),
+    /// A row of a rank's tensor, by the indices of all dimensions but the last;
+    /// of a sum over ranks with no rank.
+    Row(Option<usize>, Vec<usize>),
 }
 
 /// What answers to a case are measured by.
@@ -87,7 +93,7 @@ impl Yardstick {
     /// The right answer, and how far an honest one that rounds by this profile
     /// may be off. An error means that there is nothing to measure by.
     pub(crate) fn of(
-        case: &Case,
+        case: &AttentionCase,
         inputs: &Inputs,
         precision: Precision,
         dropout: Option<&[f64]>,
@@ -140,7 +146,7 @@ impl Yardstick {
     /// are measured by.
     pub(super) fn measured<'a>(
         &'a self,
-        case: &'a Case,
+        case: &'a AttentionCase,
         answer: &'a Answer<Vec<f64>>,
     ) -> impl Iterator<Item = Measured<'a>> {
         self.rulers.iter().filter_map(|(name, ruler)| {
@@ -167,7 +173,7 @@ impl Comparison {
     pub fn of(&self, tensor: AnswerTensor) -> Option<&TensorComparison> {
         self.tensors
             .iter()
-            .find(|comparison| comparison.tensor == tensor)
+            .find(|comparison| comparison.name == tensor.name())
     }
 
     /// Exact, pass or fail; the first that holds.
@@ -177,7 +183,7 @@ impl Comparison {
         } else if self
             .tensors
             .iter()
-            .all(|t| t.is_exact || t.tensor.is_head_state())
+            .all(|tensor| tensor.is_exact || tensor.is_sum)
         {
             Verdict::Exact
         } else {
@@ -197,7 +203,7 @@ impl Comparison {
     /// What is wrong, in a sentence; empty where nothing is.
     pub(super) fn sentence(&self) -> String {
         let wrong: Vec<_> = self.wrong().collect();
-        let names: Vec<_> = wrong.iter().map(|tensor| tensor.tensor.name()).collect();
+        let names: Vec<_> = wrong.iter().map(|tensor| tensor.name.as_str()).collect();
         let is_leaning = wrong.iter().all(|tensor| tensor.wrong_numbers == 0);
         let [one, more] = match is_leaning {
             true => ["leans to one side", "lean to one side"],
@@ -211,7 +217,7 @@ impl Comparison {
     }
 
     /// A line for each wrong tensor, and one for its worst number.
-    pub(super) fn details(&self, case: &Case) -> Vec<String> {
+    pub(super) fn details(&self, case: Option<&AttentionCase>) -> Vec<String> {
         self.wrong()
             .flat_map(|tensor| [Some(tensor.describe()), tensor.describe_worst(case)])
             .flatten()
@@ -228,7 +234,7 @@ impl TensorComparison {
 
     fn describe(&self) -> String {
         let (alpha, rest) = self.scale;
-        let name = self.tensor.name();
+        let name = &self.name;
         if self.wrong_numbers == 0 {
             let side = if self.lean < 0.0 {
                 "towards zero"
@@ -253,12 +259,12 @@ impl TensorComparison {
         )
     }
 
-    fn describe_worst(&self, case: &Case) -> Option<String> {
-        let worst = self.worst?;
+    fn describe_worst(&self, case: Option<&AttentionCase>) -> Option<String> {
+        let worst = self.worst.as_ref()?;
         Some(format!(
             "{}: worst at {}, channel {}: is {:.4e}, due is {:.4e}, may be off by {:.1e}",
-            self.tensor.name(),
-            self.describe_place(case, worst.place),
+            self.name,
+            self.describe_place(case, &worst.place),
             worst.channel,
             worst.is,
             worst.right,
@@ -266,24 +272,26 @@ impl TensorComparison {
         ))
     }
 
-    fn describe_place(&self, case: &Case, place: Place) -> String {
+    fn describe_place(&self, case: Option<&AttentionCase>, place: &Place) -> String {
         match place {
             Place::Token { batch, token, head } => {
-                let of_rank = self.describe_rank(case, token);
+                let of_rank = case.map(|case| self.describe_rank(case, *token));
+                let of_rank = of_rank.unwrap_or_default();
                 format!("batch {batch}, head {head}, token {token}{of_rank}")
             }
             Place::Head(head) => format!("head {head}"),
+            Place::Row(Some(rank), row) => format!("rank {rank}, row {row:?}"),
+            Place::Row(None, row) => format!("row {row:?}"),
         }
     }
 
     /// Whose shard the token is in, and where, if it is in that of one rank.
-    fn describe_rank(&self, case: &Case, token: usize) -> String {
+    fn describe_rank(&self, case: &AttentionCase, token: usize) -> String {
         let is_whole_everywhere = case.extras.eval
             || case.extras.cross.is_some()
-                && matches!(
-                    self.tensor,
-                    AnswerTensor::KeyGradient | AnswerTensor::ValueGradient
-                );
+                && [AnswerTensor::KeyGradient, AnswerTensor::ValueGradient]
+                    .map(AnswerTensor::name)
+                    .contains(&self.name.as_str());
         if is_whole_everywhere {
             return String::new();
         }

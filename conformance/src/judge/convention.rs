@@ -6,14 +6,14 @@
 //! for the cotangent that was handed over.
 
 use fixtures::exchange::{Declared, Parameters, Upstream};
-use fixtures::{Array, Case, Inputs};
+use fixtures::{Array, AttentionCase, Inputs};
 
 use crate::diagnosis::{Diagnosis, Mistake};
 use crate::oracle::Answer;
 
 /// The inputs of `case` for an implementation that declares this: the cotangent
 /// of the output is multiplied by P if it wants that, and rounded.
-pub fn inputs_for(case: &Case, declared: Declared) -> Inputs {
+pub(super) fn inputs_for(case: &AttentionCase, declared: Declared) -> Inputs {
     let mut inputs = Inputs::of(case);
     if declared.upstream == Upstream::TimesRanks {
         let dout = &inputs.dout;
@@ -25,7 +25,7 @@ pub fn inputs_for(case: &Case, declared: Declared) -> Inputs {
 
 /// Turns the sums of the ranks' parts of the gradients of head state into
 /// gradients for the cotangent that was handed over.
-pub(super) fn reduce(case: &Case, declared: Declared, answer: &mut Answer<Vec<f64>>) {
+pub(super) fn reduce(case: &AttentionCase, declared: Declared, answer: &mut Answer<Vec<f64>>) {
     let factor = match (declared.upstream, declared.parameters) {
         (Upstream::Share, Parameters::Sum) | (Upstream::TimesRanks, Parameters::Average) => return,
         (Upstream::Share, Parameters::Average) => ranks(case),
@@ -59,7 +59,7 @@ pub(super) fn name(declared: Declared, mut diagnosis: Diagnosis) -> Diagnosis {
 
 /// P: the ranks whose losses and parts come together. Outside training each is
 /// a world of its own.
-fn ranks(case: &Case) -> f64 {
+fn ranks(case: &AttentionCase) -> f64 {
     match case.extras.eval {
         true => 1.0,
         false => case.world as f64,

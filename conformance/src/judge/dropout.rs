@@ -13,7 +13,7 @@
 //! theorem 1). What is less probable than [`FALSE_ALARM`], over all that is
 //! tested of one answer, is the implementation's fault.
 
-use fixtures::Case;
+use fixtures::AttentionCase;
 
 use super::padding::PaddingTokens;
 use super::{Judgement, Verdict};
@@ -38,7 +38,7 @@ const LEGIBLE: f64 = 16.0 * LEAST;
 ///
 /// The judgement, if that is not what dropout does, or cannot be told.
 pub(super) fn recover(
-    case: &Case,
+    case: &AttentionCase,
     probability: f64,
     undropped: &[f64],
     out: &[f64],

@@ -1,6 +1,6 @@
 //! What stands in `out` at a padding token is nobody's business.
 
-use fixtures::{Case, Structure};
+use fixtures::{AttentionCase, Structure};
 
 use crate::oracle::AnswerTensor;
 
@@ -12,7 +12,7 @@ pub(super) struct PaddingTokens {
 }
 
 impl PaddingTokens {
-    pub(super) fn of(case: &Case) -> PaddingTokens {
+    pub(super) fn of(case: &AttentionCase) -> PaddingTokens {
         let structure = Structure::of(case);
         let batches = case.extras.padding.map_or(0, |_| case.batch);
         let of_batch = |batch| {

@@ -8,7 +8,7 @@
 //! claims to see is at fault itself, whatever was answered.
 
 use fixtures::exchange::Precision;
-use fixtures::{Case, Inputs};
+use fixtures::{AttentionCase, Inputs};
 
 use super::comparison::Yardstick;
 use super::ruler::Ruler;
@@ -78,7 +78,7 @@ pub(crate) fn of(yardstick: &Yardstick) -> Vec<Power> {
 /// # Errors
 ///
 /// If there is no right answer to measure by.
-pub fn of_case(case: &Case, precision: Precision) -> Result<Vec<Power>, String> {
+pub fn of_case(case: &AttentionCase, precision: Precision) -> Result<Vec<Power>, String> {
     Yardstick::of(case, &Inputs::of(case), precision, None).map(|yardstick| of(&yardstick))
 }
 

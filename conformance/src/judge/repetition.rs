@@ -1,6 +1,6 @@
 //! The same question has the same answer each time, to the last bit.
 
-use fixtures::{Case, State};
+use fixtures::{AttentionCase, State};
 
 use super::padding::PaddingTokens;
 use super::{Judgement, Verdict};
@@ -10,7 +10,11 @@ use crate::oracle::AnswerTensor;
 
 /// The failure, if what the ranks answered to `case` the first time and the
 /// last, both rightly, is not bit-equal on every rank.
-pub fn repeated(case: &Case, first: &[RankAnswer], last: &[RankAnswer]) -> Option<Judgement> {
+pub fn repeated(
+    case: &AttentionCase,
+    first: &[RankAnswer],
+    last: &[RankAnswer],
+) -> Option<Judgement> {
     let padding = PaddingTokens::of(case);
     let shards = case.shards();
     let ranks = first.iter().zip(last).zip(&shards).enumerate();

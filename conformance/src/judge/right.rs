@@ -2,12 +2,13 @@
 //! and other suites' rules want them.
 
 use fixtures::exchange::{AnswerStatus, Declared, Tensors};
-use fixtures::{Array, Case, Dtype, Inputs};
+use fixtures::{Array, AttentionCase, Dtype, Inputs};
 use tch::TchError;
 
 use super::assembly::Whole;
+use super::attention::recover_dropout;
 use super::padding::PaddingTokens;
-use super::{Yardstick, assembly, dense, recover_dropout};
+use super::{Yardstick, assembly, dense, system};
 use crate::implementation::RankAnswer;
 use crate::oracle::{Answer, AnswerTensor};
 use crate::runner::Asked;
@@ -16,7 +17,9 @@ use crate::runner::Asked;
 /// how far each of its numbers may be off. None where there is none: a refusal
 /// is due, or which weights are dropped does not show in the answer.
 pub fn right_answer(asked: &Asked, declared: Declared) -> Option<Tensors> {
-    let (case, inputs) = (&asked.question, &asked.inputs);
+    let Some((case, inputs)) = asked.question.attention() else {
+        return system::right_answer(asked.question.case(), declared);
+    };
     if case.extras.defect.is_some() {
         return None;
     }
@@ -41,13 +44,16 @@ pub fn right_answer(asked: &Asked, declared: Declared) -> Option<Tensors> {
 
 /// An answer over the whole sequence, blank at padding tokens; none where not
 /// every rank gave its part.
-pub(crate) fn whole_answer(case: &Case, answers: &[RankAnswer]) -> Option<Answer<Vec<f64>>> {
+pub(crate) fn whole_answer(
+    case: &AttentionCase,
+    answers: &[RankAnswer],
+) -> Option<Answer<Vec<f64>>> {
     let whole = wholes(case, answers).into_iter().next()?;
     blanked(case, whole.answer)
 }
 
 /// What dense SDPA answers in the case's element type, where it answers it.
-pub(crate) fn dense_answer(case: &Case, inputs: &Inputs) -> Option<Answer<Vec<f64>>> {
+pub(crate) fn dense_answer(case: &AttentionCase, inputs: &Inputs) -> Option<Answer<Vec<f64>>> {
     if !dense::is_dense_sdpa(case) {
         return None;
     }
@@ -57,14 +63,14 @@ pub(crate) fn dense_answer(case: &Case, inputs: &Inputs) -> Option<Answer<Vec<f6
 }
 
 /// An answer, blank at padding tokens.
-pub(crate) fn blanked(case: &Case, answer: Answer<Vec<f64>>) -> Option<Answer<Vec<f64>>> {
+pub(crate) fn blanked(case: &AttentionCase, answer: Answer<Vec<f64>>) -> Option<Answer<Vec<f64>>> {
     let padding = PaddingTokens::of(case);
     let blanked = |name, numbers| Ok::<_, TchError>(padding.blanked(name, numbers));
     answer.try_map(blanked).ok()
 }
 
 /// The answers over the whole sequence; none where not every rank gave its part.
-fn wholes(case: &Case, answers: &[RankAnswer]) -> Vec<Whole> {
+fn wholes(case: &AttentionCase, answers: &[RankAnswer]) -> Vec<Whole> {
     let ranks: Vec<&Tensors> = answers
         .iter()
         .filter_map(|answer| answer.as_ref().ok())

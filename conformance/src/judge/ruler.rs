@@ -1,6 +1,6 @@
 //! How far one tensor of an answer is off, number by number and as a whole.
 
-use fixtures::{Array, Case};
+use fixtures::{Array, AttentionCase};
 
 use super::comparison::{Place, TensorComparison, WrongNumber};
 use super::tolerance::lambda;
@@ -20,7 +20,7 @@ pub(crate) struct Ruler {
 
 impl Ruler {
     pub(super) fn new(
-        case: &Case,
+        case: &AttentionCase,
         tensor: AnswerTensor,
         right: Vec<f64>,
         roots: Vec<f64>,
@@ -96,7 +96,8 @@ impl Ruler {
         });
         let (channels, lambda) = (self.channels(), lambda());
         let mut comparison = TensorComparison {
-            tensor: self.tensor,
+            name: self.tensor.name().to_owned(),
+            is_sum: self.tensor.is_head_state(),
             is_exact,
             numbers: self.right.len(),
             rows: self.right.len() / channels,
@@ -153,7 +154,7 @@ impl Ruler {
 
 /// The least-squares `alpha` of `answer = alpha * right + rest`, and the norm
 /// of the rest relative to the answer's.
-fn fit_scale(right: &[f64], answer: &[f64]) -> (f64, f64) {
+pub(super) fn fit_scale(right: &[f64], answer: &[f64]) -> (f64, f64) {
     let dot: f64 = right.iter().zip(answer).map(|(r, a)| r * a).sum();
     let squares: f64 = right.iter().map(|r| r * r).sum();
     let alpha = if squares > 0.0 { dot / squares } else { 0.0 };

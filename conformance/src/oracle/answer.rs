@@ -1,6 +1,6 @@
 //! The tensors of an answer, by name.
 
-use fixtures::{Case, Input};
+use fixtures::{AttentionCase, Input};
 
 /// A tensor that attention answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -75,7 +75,7 @@ impl AnswerTensor {
     }
 
     /// Its shape over the whole sequence.
-    pub fn shape(self, case: &Case) -> Vec<usize> {
+    pub fn shape(self, case: &AttentionCase) -> Vec<usize> {
         self.like().shape(case)
     }
 
@@ -161,7 +161,7 @@ impl<T> Answer<T> {
 
     /// The tensors that an answer to `case` has, each made by `f`.
     pub(crate) fn try_of<E>(
-        case: &Case,
+        case: &AttentionCase,
         mut f: impl FnMut(AnswerTensor) -> Result<T, E>,
     ) -> Result<Answer<T>, E> {
         let [out, dq, dk, dv] = AnswerTensor::ALWAYS;

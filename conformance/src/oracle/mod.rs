@@ -28,16 +28,23 @@
 //! dense answer, nor do layers that skip attention.
 
 mod answer;
+mod batch;
+pub(crate) mod due;
+mod loss;
+mod mesh;
+mod model;
 mod precision;
 mod preparation;
 mod problem;
 pub(crate) mod rotary;
+mod rounding;
 mod scores;
 mod sensitivity;
+mod tiled;
 pub(crate) mod visibility;
 
 use fixtures::exchange::Precision;
-use fixtures::{Case, Inputs};
+use fixtures::{AttentionCase, Inputs};
 use tch::{Kind, TchError, Tensor};
 
 use self::precision::Roundoffs;
@@ -53,7 +60,7 @@ pub(crate) use self::problem::Problem;
 /// # Errors
 ///
 /// If libtorch says so.
-pub fn attention(case: &Case, inputs: &Inputs) -> Result<Answer<Vec<f64>>, TchError> {
+pub fn attention(case: &AttentionCase, inputs: &Inputs) -> Result<Answer<Vec<f64>>, TchError> {
     attention_dropped(case, inputs, None)
 }
 
@@ -65,7 +72,7 @@ pub fn attention(case: &Case, inputs: &Inputs) -> Result<Answer<Vec<f64>>, TchEr
 ///
 /// If `dropout` has not that many elements, or libtorch says so.
 pub fn attention_dropped(
-    case: &Case,
+    case: &AttentionCase,
     inputs: &Inputs,
     dropout: Option<&[f64]>,
 ) -> Result<Answer<Vec<f64>>, TchError> {
@@ -89,7 +96,7 @@ pub struct Rounded {
 ///
 /// As for [`attention_dropped`].
 pub fn attention_rounded(
-    case: &Case,
+    case: &AttentionCase,
     inputs: &Inputs,
     precision: Precision,
     dropout: Option<&[f64]>,
@@ -105,7 +112,7 @@ pub fn attention_rounded(
 ///
 /// As for [`attention_dropped`].
 pub(crate) fn attention_rounded_in_parts(
-    case: &Case,
+    case: &AttentionCase,
     inputs: &Inputs,
     precision: Precision,
 ) -> Result<Vec<(&'static str, f64, Rounded)>, TchError> {

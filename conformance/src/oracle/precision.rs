@@ -45,11 +45,7 @@ impl Roundoffs {
                 (Precision::Tf32, Dtype::F32) => 2.0 * square(2f64.powi(-11)),
                 _ => 0.0,
             },
-            // Numbers of other types are not as small as their smallest.
-            tiny: match dtype {
-                Dtype::F16 => square(2f64.powi(-25)),
-                _ => 0.0,
-            },
+            tiny: square(dtype.smallest_roundoff()),
             of_oracle: if dtype == Dtype::F64 { 2.0 } else { 1.0 },
         }
     }

@@ -1,6 +1,6 @@
 //! A question as plain tensors, and its answer, row block by row block.
 
-use fixtures::{Array, Case, Input, Inputs};
+use fixtures::{Array, AttentionCase, Input, Inputs};
 use tch::{Kind, TchError, Tensor};
 
 use super::preparation::Prepared;
@@ -54,7 +54,7 @@ pub(crate) struct Problem {
 
 impl Problem {
     /// What `case` asks with `inputs`, without dropout.
-    pub(crate) fn of(case: &Case, inputs: &Inputs) -> Result<Problem, TchError> {
+    pub(crate) fn of(case: &AttentionCase, inputs: &Inputs) -> Result<Problem, TchError> {
         let head_state = |input| inputs.get(input).map(float64).transpose();
         let by_head = |input| {
             head_state(input)?

@@ -1,13 +1,13 @@
 //! Rotary position embedding: rotate-half.
 
-use fixtures::{Case, Rotary, values};
+use fixtures::{AttentionCase, Rotary, values};
 use tch::{Kind, TchError, Tensor};
 
 /// The angles by which a case rotates, one for each token and channel pair.
 ///
 /// The frequency of pair c is `base^(-2c/D)` with `base = 2^(D/2)`, which is
 /// `2^-c`: every angle is an exact product.
-pub(crate) fn angles(case: &Case) -> Result<Option<Tensor>, TchError> {
+pub(crate) fn angles(case: &AttentionCase) -> Result<Option<Tensor>, TchError> {
     let Some(rotary) = case.extras.rotary else {
         return Ok(None);
     };

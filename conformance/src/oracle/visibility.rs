@@ -1,16 +1,16 @@
 //! Which keys a query sees, as a tensor.
 
-use fixtures::{Case, Mask, Structure};
+use fixtures::{AttentionCase, Mask, Structure};
 use tch::{TchError, Tensor};
 
 /// Which keys the queries of a case see.
 pub(crate) struct Visibility<'a> {
-    case: &'a Case,
+    case: &'a AttentionCase,
     structure: Structure,
 }
 
 impl<'a> Visibility<'a> {
-    pub(crate) fn of(case: &'a Case) -> Visibility<'a> {
+    pub(crate) fn of(case: &'a AttentionCase) -> Visibility<'a> {
         let structure = Structure::of(case);
         Visibility { case, structure }
     }
@@ -47,7 +47,7 @@ impl<'a> Visibility<'a> {
 }
 
 /// Whether the case's mask, full or causal, is all that hides a key.
-pub(crate) fn is_plain(case: &Case) -> bool {
+pub(crate) fn is_plain(case: &AttentionCase) -> bool {
     let extras = &case.extras;
     extras.window.is_none()
         && extras.documents.is_none()

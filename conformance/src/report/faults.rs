@@ -66,7 +66,7 @@ pub fn faults(tallies: &[Tally]) -> String {
 pub fn faults_page(tallies: &[Tally]) -> String {
     let mut page = format!(
         "# Faults\n\n\
-         Wrong implementations of Ulysses attention, made of the reference's public parts, and\n\
+         Wrong implementations of Ulysses sequence parallelism, made of the reference's public parts, and\n\
          what the judge says of them. Written by `ulysses-conformance faults --table FILE`.\n\n\
          *Wrong on*: cases where the answer is not that of the right attention but for roundings,\n\
          which is found without the judge. *Caught*: on how many of these the judge fails it.\n\

@@ -63,7 +63,7 @@ impl Keeper {
         write(folder.join("judgement.txt"), text.as_bytes())?;
         let info = SessionInfo {
             protocol: PROTOCOL,
-            world: evidence.record.case.world,
+            world: evidence.record.case.world(),
             device: "cpu".to_owned(),
             time_limit_s: self.time_limit.as_secs_f64(),
             judge: Judge {
@@ -84,8 +84,11 @@ impl Keeper {
         let right_answers = session.folder().join("right");
         fs::create_dir(&right_answers).map_err(|error| error.to_string())?;
         for (number, asked) in evidence.asked.iter().enumerate() {
-            let shards = exchange::shards(&asked.question, &asked.inputs, number);
-            session.pose(&shards).map_err(said)?;
+            let mut posed = asked.question.posed();
+            for (info, _) in &mut posed {
+                info.number = number;
+            }
+            session.pose(&posed).map_err(said)?;
             for (rank, answer) in asked.answers.iter().enumerate() {
                 if let Ok((info, tensors)) = answer {
                     session.answer(number, rank, info, tensors).map_err(said)?;
@@ -94,7 +97,7 @@ impl Keeper {
             // Where a refusal is due there is no right answer.
             if let Some(right) = judge::right_answer(asked, evidence.record.declared) {
                 let path = right_answers.join(format!("{number}.safetensors"));
-                let name = asked.question.to_string();
+                let name = asked.question.case().to_string();
                 exchange::write_message(&path, "case", &name, &right).map_err(said)?;
             }
         }

@@ -19,4 +19,4 @@ pub use junit::JUnit;
 pub use keep::Keeper;
 pub use progress::Progress;
 pub(crate) use tables::table;
-pub use tables::{chance, closeness, costs, declared, verdicts};
+pub use tables::{chance, closeness, closeness_of_profiles, costs, declared, verdicts};

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use comfy_table::presets::ASCII_MARKDOWN;
 use comfy_table::{CellAlignment, Table};
-use fixtures::Dtype;
 use fixtures::exchange::Declared;
+use fixtures::{Dtype, Profile};
 
 use crate::judge::{self, Comparison, Verdict};
 use crate::oracle::AnswerTensor;
@@ -60,7 +60,12 @@ pub fn closeness(summaries: &[Summary]) -> Option<String> {
         let comparisons: Vec<_> = summary
             .records
             .iter()
-            .filter(|record| record.case.dtype == dtype)
+            .filter(|record| {
+                record
+                    .case
+                    .attention()
+                    .is_some_and(|case| case.dtype == dtype)
+            })
             .filter(|record| record.judgement.verdict.is_right())
             .filter_map(|record| record.judgement.comparison.as_ref())
             .collect();
@@ -76,7 +81,7 @@ pub fn closeness(summaries: &[Summary]) -> Option<String> {
                 .flat_map(|comparison| &comparison.tensors)
         };
         let head_state = tensors()
-            .filter(|tensor| tensor.tensor.is_head_state())
+            .filter(|tensor| tensor.is_sum)
             .map(|tensor| tensor.tightness);
         let lean = tensors().map(|tensor| tensor.lean.abs());
         (!comparisons.is_empty()).then(|| {
@@ -100,6 +105,48 @@ pub fn closeness(summaries: &[Summary]) -> Option<String> {
             .filter_map(move |dtype| of_dtype(summary, dtype))
     });
     let rows: Vec<_> = rows.collect();
+    (!rows.is_empty()).then(|| table(header, rows, 2..))
+}
+
+/// How near the right answers of the other profiles are, for each implementation
+/// and profile: how many are the right ones rounded once, and how far the worst
+/// number is off relative to what it may be.
+pub fn closeness_of_profiles(summaries: &[Summary]) -> Option<String> {
+    let header = ["implementation", "profile", "answers", "exact", "worst"];
+    let of_profile = |summary: &Summary, profile: Profile| {
+        let right: Vec<_> = summary
+            .records
+            .iter()
+            .filter(|record| record.case.profile() == profile)
+            .filter(|record| record.judgement.verdict.is_right())
+            .collect();
+        let exact = right
+            .iter()
+            .filter(|record| record.judgement.verdict == Verdict::Exact);
+        let tensors = right
+            .iter()
+            .filter_map(|record| record.judgement.comparison.as_ref())
+            .flat_map(|comparison| &comparison.tensors);
+        let worst = tensors.map(|tensor| tensor.tightness).fold(0.0, f64::max);
+        (!right.is_empty()).then(|| {
+            vec![
+                summary.implementation.clone(),
+                profile.name().to_owned(),
+                right.len().to_string(),
+                exact.count().to_string(),
+                format!("{worst:.2}"),
+            ]
+        })
+    };
+    let others = Profile::ALL.into_iter();
+    let others = others.filter(|&profile| profile != Profile::Attention);
+    let rows: Vec<_> = others
+        .flat_map(|profile| {
+            summaries
+                .iter()
+                .filter_map(move |summary| of_profile(summary, profile))
+        })
+        .collect();
     (!rows.is_empty()).then(|| table(header, rows, 2..))
 }
 

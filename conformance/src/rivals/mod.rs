@@ -22,7 +22,7 @@
 mod rules;
 mod tally;
 
-use fixtures::{Array, Case, Inputs};
+use fixtures::{Array, AttentionCase, Inputs};
 
 use crate::oracle::Answer;
 
@@ -66,7 +66,7 @@ impl Ruling {
 #[derive(Clone, Copy, Debug)]
 pub struct Shown<'a> {
     /// What was asked.
-    pub case: &'a Case,
+    pub case: &'a AttentionCase,
     /// With which tensors.
     pub inputs: &'a Inputs,
     /// The right answer, in float64.

@@ -207,6 +207,12 @@ pub(super) fn execute(arguments: &Arguments, program: &str) -> ExitCode {
             report::chance(&summaries)
         ));
     }
+    if let Some(table) = report::closeness_of_profiles(&summaries) {
+        print(&format!(
+            "How near they are in the other profiles: how many answers are the right one rounded \
+             once, and\nhow far the worst number is off, relative to what it may be.\n\n{table}\n"
+        ));
+    }
     if let Some(table) = report::costs(&summaries) {
         print(&format!("What a case takes, in the median.\n\n{table}\n"));
     }
@@ -262,17 +268,20 @@ struct Choice {
 impl Arguments {
     fn cases(&self) -> Vec<Case> {
         let mut cases = match (self.case.as_slice(), self.random) {
-            ([], Some(count)) => catalogue::random::cases(count, self.seed.unwrap_or(0)).collect(),
+            ([], Some(count)) => {
+                let random = catalogue::random::cases(count, self.seed.unwrap_or(0));
+                random.map(Case::from).collect()
+            }
             ([], None) => catalogue::cases(),
             (named, _) => named.to_vec(),
         };
         if let (Some(seed), None) = (self.seed, self.random) {
-            cases.iter_mut().for_each(|case| case.seed = seed);
+            cases = cases.into_iter().map(|case| case.with_seed(seed)).collect();
         }
         cases.retain(|case| {
             let name = case.to_string();
             self.filter.iter().all(|text| name.contains(text))
-                && (self.world.is_empty() || self.world.contains(&case.world))
+                && (self.world.is_empty() || self.world.contains(&case.world()))
         });
         cases
     }

@@ -1,7 +1,7 @@
 //! Mistakes that leave the output right: factors of gradients, and gradients in
 //! another place.
 
-use fixtures::Case;
+use fixtures::AttentionCase;
 use tch::TchError;
 
 use super::layout::transposed_memory;
@@ -96,7 +96,7 @@ pub(super) const HYPOTHESES: &[Hypothesis] = &[
     },
 ];
 
-pub(super) fn has_head_state(case: &Case) -> bool {
+pub(super) fn has_head_state(case: &AttentionCase) -> bool {
     OF_HEADS.iter().any(|name| name.like().is_present(case))
 }
 

@@ -1,6 +1,6 @@
 //! Mistakes about which keys a query sees.
 
-use fixtures::{Case, Mask, Sharding, Structure, sharding};
+use fixtures::{AttentionCase, Mask, Sharding, Structure, sharding};
 use tch::{TchError, Tensor};
 
 use super::{Hypothesis, Reach};
@@ -112,7 +112,7 @@ pub(super) const UNNAMED: &[Hypothesis] = &[Hypothesis {
     },
 }];
 
-fn is_masked(case: &Case) -> bool {
+fn is_masked(case: &AttentionCase) -> bool {
     case.mask == Mask::Causal
         || case.extras.window.is_some()
         || case.extras.documents.is_some()
@@ -120,7 +120,7 @@ fn is_masked(case: &Case) -> bool {
         || case.extras.block.is_some()
 }
 
-fn unmasked(case: &mut Case) {
+fn unmasked(case: &mut AttentionCase) {
     case.mask = Mask::Full;
     case.extras.window = None;
     case.extras.documents = None;
@@ -132,7 +132,7 @@ fn unmasked(case: &mut Case) {
 fn without(
     evidence: &Evidence<'_>,
     sentence: &str,
-    alter: impl Fn(&mut Case),
+    alter: impl Fn(&mut AttentionCase),
 ) -> Result<Vec<Prediction>, TchError> {
     let mut case = evidence.case.clone();
     alter(&mut case);
@@ -158,7 +158,7 @@ fn seen(
 /// `[batch, query heads, tokens, KV tokens]`, each of the first two 1 where
 /// nothing differs by it.
 pub(super) fn visible(
-    case: &Case,
+    case: &AttentionCase,
     sees: impl Fn((usize, usize), usize, usize) -> bool,
 ) -> Result<Tensor, TchError> {
     let extras = &case.extras;

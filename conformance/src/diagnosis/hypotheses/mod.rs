@@ -17,7 +17,7 @@ mod permutation;
 mod scored;
 mod shared;
 
-use fixtures::Case;
+use fixtures::AttentionCase;
 use tch::TchError;
 
 use super::evidence::Evidence;
@@ -30,7 +30,7 @@ pub(super) struct Hypothesis {
     pub(super) mistake: Option<Mistake>,
     pub(super) reach: Reach,
     /// Whether it can be made in this case, and shows.
-    pub(super) applies: fn(&Case) -> bool,
+    pub(super) applies: fn(&AttentionCase) -> bool,
     pub(super) predict: fn(&Evidence<'_>) -> Result<Vec<Prediction>, TchError>,
 }
 

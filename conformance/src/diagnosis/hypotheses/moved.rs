@@ -3,7 +3,7 @@
 //! Attention between two exchanges is `out = O f(Q q, K k, V v)`, where the
 //! capitals are permutations, and so is its derivative: `dq = Q^T df(O^T dout)`.
 
-use fixtures::Case;
+use fixtures::AttentionCase;
 use tch::{TchError, Tensor};
 
 use super::layout::with_positions;
@@ -50,7 +50,7 @@ pub(super) const HYPOTHESES: &[Hypothesis] = &[
 ];
 
 /// Whether several ranks share the work.
-pub(super) fn is_split(case: &Case) -> bool {
+pub(super) fn is_split(case: &AttentionCase) -> bool {
     case.world > 1 && !case.extras.eval
 }
 

@@ -3,7 +3,7 @@
 //! Gradients are linear in the cotangent: a part that is lost is told by leaving
 //! out some query heads, or some queries.
 
-use fixtures::Case;
+use fixtures::AttentionCase;
 use tch::{TchError, Tensor};
 
 use super::gradients::{OF_KV, has_head_state};
@@ -51,7 +51,7 @@ pub(super) const HYPOTHESES: &[Hypothesis] = &[
 ];
 
 /// Whether a KV head is attended by query heads of several ranks.
-fn is_replicated(case: &Case) -> bool {
+fn is_replicated(case: &AttentionCase) -> bool {
     is_split(case)
         && (case.kv_heads < case.world
             || !case.query_heads.is_multiple_of(case.world)

@@ -1,6 +1,6 @@
 //! Mistakes about what scores are made of.
 
-use fixtures::{Case, Mask, Rotary};
+use fixtures::{AttentionCase, Mask, Rotary};
 use tch::{TchError, Tensor};
 
 use super::moved::is_split;
@@ -191,7 +191,10 @@ fn scale_times_something(evidence: &Evidence<'_>) -> Result<Vec<Prediction>, Tch
 }
 
 /// The angles of an altered case.
-fn angles_of(evidence: &Evidence<'_>, alter: impl Fn(&mut Case)) -> Result<Tensor, TchError> {
+fn angles_of(
+    evidence: &Evidence<'_>,
+    alter: impl Fn(&mut AttentionCase),
+) -> Result<Tensor, TchError> {
     let mut case = evidence.case.clone();
     alter(&mut case);
     let angles = Problem::of(&case, evidence.inputs)?.query_angles;

@@ -1,7 +1,7 @@
 //! Mistakes about which head is which: KV heads that query heads share, and
 //! what belongs to heads.
 
-use fixtures::Case;
+use fixtures::AttentionCase;
 use tch::{TchError, Tensor};
 
 use super::moved::is_split;
@@ -52,7 +52,7 @@ pub(super) const HYPOTHESES: &[Hypothesis] = &[
     },
 ];
 
-fn is_grouped(case: &Case) -> bool {
+fn is_grouped(case: &AttentionCase) -> bool {
     case.kv_heads > 1 && case.query_heads > case.kv_heads
 }
 

@@ -1,14 +1,22 @@
 //! One rank of the bundled reference: how it answers a case, the same on
 //! threads and behind the exchange.
 
+mod batch;
+mod loss;
+mod mesh;
+pub(crate) mod model;
 mod question;
 mod strides;
+mod tiled;
 
 use std::sync::Arc;
 use std::time::Instant;
 
+use fixtures::Dtype;
 use fixtures::Feature;
-use fixtures::exchange::{AnswerInfo, AnswerStatus, CaseInfo, Declared, Precision, Tensors};
+use fixtures::exchange::{
+    AnswerInfo, AnswerStatus, AskedInfo, AttentionInfo, CaseInfo, Declared, Precision, Tensors,
+};
 use tch::{TchError, Tensor};
 use ulysses::{
     Communicator, CountingCommunicator, Kernel, Options, UlyssesAttention, checkpoint,
@@ -64,7 +72,14 @@ impl ReferenceRank {
     pub fn answer(&mut self, case: &CaseInfo, inputs: &Tensors) -> (AnswerInfo, Tensors) {
         self.communicator.reset();
         let start = Instant::now();
-        let (status, message, tensors) = match self.attend(case, inputs) {
+        let answered = match &case.asked {
+            AskedInfo::Attention(asked) => self.attend(case, asked, inputs),
+            _ => {
+                let communicator = Arc::clone(&self.communicator) as Arc<dyn Communicator>;
+                answer_of_profile(&communicator, case, inputs)
+            }
+        };
+        let (status, message, tensors) = match answered {
             Ok(tensors) => (AnswerStatus::Ok, String::new(), tensors),
             Err(message) => (AnswerStatus::Error, message, Tensors::new()),
         };
@@ -78,8 +93,13 @@ impl ReferenceRank {
         (info, tensors)
     }
 
-    fn attend(&mut self, case: &CaseInfo, inputs: &Tensors) -> Result<Tensors, String> {
-        let question = Question::read(case, inputs, self.kernel)?;
+    fn attend(
+        &mut self,
+        told: &CaseInfo,
+        case: &AttentionInfo,
+        inputs: &Tensors,
+    ) -> Result<Tensors, String> {
+        let question = Question::read(told, case, inputs, self.kernel)?;
         let out = self.forward(case, &question)?;
         // Backward of the sum of products gives `out` the cotangent dO, exactly.
         let said = |error: TchError| error.to_string();
@@ -87,20 +107,13 @@ impl ReferenceRank {
             .and_then(|products| products.f_sum(kind(case.dtype)))
             .and_then(|sum| sum.f_backward())
             .map_err(said)?;
-        let array = |tensor: &Tensor| to_array(tensor, case.dtype).map_err(said);
-        let mut answer =
-            Tensors::from([("out".to_owned(), array(&out.f_detach().map_err(said)?)?)]);
-        for (name, leaf) in &question.leaves {
-            let gradient = leaf.f_grad().map_err(said)?;
-            if !gradient.defined() {
-                return Err(format!("no gradient reaches `{name}`"));
-            }
-            answer.insert(format!("d{name}"), array(&gradient)?);
-        }
+        let out = out.f_detach().map_err(said)?;
+        let mut answer = gradients(&question.leaves, case.dtype)?;
+        answer.insert("out".to_owned(), to_array(&out, case.dtype).map_err(said)?);
         Ok(answer)
     }
 
-    fn forward(&mut self, case: &CaseInfo, question: &Question) -> Result<Tensor, String> {
+    fn forward(&mut self, case: &AttentionInfo, question: &Question) -> Result<Tensor, String> {
         let Question {
             options, brought, ..
         } = question;
@@ -136,6 +149,36 @@ impl ReferenceRank {
         attention.set_training(training);
         Arc::clone(attention)
     }
+}
+
+/// What the reference answers in the profiles that keep nothing from case to
+/// case: all but attention.
+pub(crate) fn answer_of_profile(
+    communicator: &Arc<dyn Communicator>,
+    case: &CaseInfo,
+    inputs: &Tensors,
+) -> Result<Tensors, String> {
+    match &case.asked {
+        AskedInfo::Attention(_) => Err("attention is asked of a rank that stays".to_owned()),
+        AskedInfo::Loss(asked) => loss::answer(communicator, asked, inputs),
+        AskedInfo::Tiled(asked) => tiled::answer(asked, inputs),
+        AskedInfo::Batch(asked) => batch::answer(communicator, asked, inputs),
+        AskedInfo::Mesh(asked) => mesh::answer(communicator, asked, inputs),
+        AskedInfo::Model(asked) => model::answer(communicator, asked, inputs),
+    }
+}
+
+/// The gradient of each leaf, by its name behind a `d`.
+fn gradients(leaves: &[(&'static str, Tensor)], dtype: Dtype) -> Result<Tensors, String> {
+    let gradient = |(name, leaf): &(&'static str, Tensor)| {
+        let gradient = leaf.f_grad().map_err(|error| error.to_string())?;
+        if !gradient.defined() {
+            return Err(format!("no gradient reaches `{name}`"));
+        }
+        let array = to_array(&gradient, dtype).map_err(|error| error.to_string())?;
+        Ok((format!("d{name}"), array))
+    };
+    leaves.iter().map(gradient).collect()
 }
 
 /// Layer after layer, each with the output of the last as its queries; one

@@ -1,6 +1,6 @@
 //! From what a rank is told to the arguments of the reference.
 
-use fixtures::exchange::{CaseInfo, Tensors, tensor};
+use fixtures::exchange::{AttentionInfo, CaseInfo, Tensors, tensor};
 use tch::Tensor;
 use ulysses::{
     BlockLayout, Call, CallDropout, Documents, HeadNorm, Kernel, Mask, Options, Rotary, Score,
@@ -40,7 +40,8 @@ impl Question {
     /// Reads what a rank is told. An error is what the reference would have
     /// said of it, or what is wrong with the exchange.
     pub(crate) fn read(
-        case: &CaseInfo,
+        told: &CaseInfo,
+        case: &AttentionInfo,
         inputs: &Tensors,
         kernel: Kernel,
     ) -> Result<Question, String> {
@@ -77,7 +78,7 @@ impl Question {
             Some(other) => return Err(unknown("documents", other, "positions or ends")),
         };
         Ok(Question {
-            options: options(case, kernel)?,
+            options: options(told, case, kernel)?,
             leaves,
             dout: input("dout")?,
             brought: Brought {
@@ -134,7 +135,7 @@ impl Brought {
     }
 }
 
-fn options(case: &CaseInfo, kernel: Kernel) -> Result<Options, String> {
+fn options(told: &CaseInfo, case: &AttentionInfo, kernel: Kernel) -> Result<Options, String> {
     let mask = match case.mask.as_str() {
         "full" => Mask::Full,
         "causal" => Mask::Causal,
@@ -148,8 +149,8 @@ fn options(case: &CaseInfo, kernel: Kernel) -> Result<Options, String> {
     };
     let sequence_length = case.fixed_sequence.map(|global| {
         // Every rank holds its share of the length that the attention is for.
-        let each = global / case.world;
-        let local = each + usize::from(case.rank < global % case.world);
+        let each = global / told.world;
+        let local = each + usize::from(told.rank < global % told.world);
         SequenceLength::Fixed { local, global }
     });
     Ok(Options {

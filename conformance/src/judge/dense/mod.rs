@@ -14,7 +14,7 @@ mod preparation;
 
 use std::ops::Range;
 
-use fixtures::{Array, Case, Input, Inputs, Mask, sharding};
+use fixtures::{Array, AttentionCase, Input, Inputs, Mask, sharding};
 use tch::{TchError, Tensor};
 
 use self::preparation::{Prepared, leaf};
@@ -24,14 +24,14 @@ use crate::oracle::visibility::{self, Visibility};
 use crate::tensor;
 
 /// Whether SDPA answers `case`: it takes no scores but its own.
-pub(super) fn is_dense_sdpa(case: &Case) -> bool {
+pub(super) fn is_dense_sdpa(case: &AttentionCase) -> bool {
     let extras = &case.extras;
     !extras.alibi && !extras.sinks && extras.softcap.is_none() && extras.dropout.is_none()
 }
 
 /// Output and gradients, `[batch, tokens, heads, channels]` each, in the case's
 /// element type.
-pub(super) fn attention(case: &Case, inputs: &Inputs) -> Result<Answer<Array>, TchError> {
+pub(super) fn attention(case: &AttentionCase, inputs: &Inputs) -> Result<Answer<Array>, TchError> {
     let by_heads = |array: &Array| tensor::from_array(array)?.f_transpose(1, 2);
     let angles = rotary::angles(case)?;
     let prepared = |array, norm| {
@@ -91,7 +91,7 @@ struct Sight {
 
 impl Sight {
     /// That of a case whose mask is not all that hides a key.
-    fn of(case: &Case) -> Result<Option<Sight>, TchError> {
+    fn of(case: &AttentionCase) -> Result<Option<Sight>, TchError> {
         if visibility::is_plain(case) {
             return Ok(None);
         }
@@ -116,7 +116,7 @@ impl Sight {
 /// The query heads that attend `kv_head`, one range for each rank that holds
 /// some of them. Ranks hold contiguous query heads, the first of them one more
 /// where there is a remainder. Outside training each rank holds all of them.
-fn by_rank(case: &Case, kv_head: usize) -> impl Iterator<Item = Range<usize>> {
+fn by_rank(case: &AttentionCase, kv_head: usize) -> impl Iterator<Item = Range<usize>> {
     let group = case.query_heads / case.kv_heads;
     let attending = kv_head * group..(kv_head + 1) * group;
     let world = if case.extras.eval { 1 } else { case.world };
@@ -131,7 +131,7 @@ fn narrow(tensor: &Tensor, heads: &Range<usize>) -> Result<Tensor, TchError> {
 }
 
 fn sdpa(
-    case: &Case,
+    case: &AttentionCase,
     sight: Option<&Sight>,
     q: &Tensor,
     k: &Tensor,
