@@ -93,6 +93,7 @@ fn dense(problem: &Problem, reduction: Reduction) -> Tensor {
 fn of_rank(
     communicator: &Arc<dyn Communicator>,
     own: &Problem,
+    ignored: i64,
     reduction: Reduction,
     tiles: Option<usize>,
 ) -> Result<Tensor> {
@@ -106,7 +107,7 @@ fn of_rank(
             communicator,
             &logits(hidden, head),
             labels,
-            IGNORED,
+            ignored,
             reduction,
         ),
         Some(tiles) => tiled_logits_loss(
@@ -114,7 +115,7 @@ fn of_rank(
             hidden,
             head,
             labels,
-            IGNORED,
+            ignored,
             reduction,
             tiles,
         ),
@@ -141,7 +142,7 @@ fn check(shape: &Shape, reduction: Reduction, upstream: f64, tiles: Option<usize
             head: whole.head,
         };
         found(&own, upstream, |own| {
-            of_rank(&communicator, own, reduction, tiles).unwrap()
+            of_rank(&communicator, own, IGNORED, reduction, tiles).unwrap()
         })
     });
     let [loss, hidden, head] = found(&shape.whole(), upstream, |whole| dense(whole, reduction));
@@ -247,23 +248,7 @@ fn any_number_may_stand_for_no_label(
         let due = found(&named(&places, IGNORED), 0.5, |own| dense(own, reduction));
         for tiles in [None, Some(2)] {
             let got = found(&named(&places, ignored), 0.5, |own| {
-                let (hidden, head, labels) = (&own.hidden, &own.head, &own.labels);
-                let loss = match tiles {
-                    None => {
-                        let logits = logits(hidden, head);
-                        cross_entropy(&communicator, &logits, labels, ignored, reduction)
-                    }
-                    Some(tiles) => tiled_logits_loss(
-                        &communicator,
-                        hidden,
-                        head,
-                        labels,
-                        ignored,
-                        reduction,
-                        tiles,
-                    ),
-                };
-                loss.unwrap()
+                of_rank(&communicator, own, ignored, reduction, tiles).unwrap()
             });
             got.iter().zip(&due).for_each(|(got, due)| near(got, due));
         }
@@ -285,7 +270,7 @@ fn a_graph_that_is_retained_runs_back_again(#[values(None, Some(3))] tiles: Opti
             head: leaf(&own.head),
             ..own
         };
-        let loss = of_rank(&communicator, &own, Reduction::Mean, tiles).unwrap();
+        let loss = of_rank(&communicator, &own, IGNORED, Reduction::Mean, tiles).unwrap();
         let back = |keep| Tensor::run_backward(&[&loss], &[&own.hidden, &own.head], keep, false);
         let (first, second) = (back(true), back(false));
         assert!(first[0].abs().max().double_value(&[]) > 0.0);
@@ -316,30 +301,11 @@ fn refusal(
         if rank == 1 {
             spoil(&mut own, &mut ignored, &mut reduction, &mut own_tiles);
         }
-        let Problem {
-            hidden,
-            head,
-            labels,
-        } = &own;
-        let loss = match own_tiles {
-            None => {
-                let logits = logits(hidden, head);
-                cross_entropy(&communicator, &logits, labels, ignored, reduction)
-            }
-            Some(tiles) => tiled_logits_loss(
-                &communicator,
-                hidden,
-                head,
-                labels,
-                ignored,
-                reduction,
-                tiles,
-            ),
-        };
+        let loss = of_rank(&communicator, &own, ignored, reduction, own_tiles);
         let error = loss.unwrap_err();
         assert_eq!(error.rank(), Some(1));
         // Nobody has lost step.
-        assert!(of_rank(&communicator, &good(), Reduction::Mean, tiles).is_ok());
+        assert!(of_rank(&communicator, &good(), IGNORED, Reduction::Mean, tiles).is_ok());
         error.to_string()
     });
     assert!(told.iter().all(|error| *error == told[0]), "{told:?}");

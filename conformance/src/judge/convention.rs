@@ -26,13 +26,19 @@ pub(super) fn inputs_for(case: &AttentionCase, declared: Declared) -> Inputs {
 /// Turns the sums of the ranks' parts of the gradients of head state into
 /// gradients for the cotangent that was handed over.
 pub(super) fn reduce(case: &AttentionCase, declared: Declared, answer: &mut Answer<Vec<f64>>) {
-    let factor = match (declared.upstream, declared.parameters) {
-        (Upstream::Share, Parameters::Sum) | (Upstream::TimesRanks, Parameters::Average) => return,
-        (Upstream::Share, Parameters::Average) => ranks(case),
-        (Upstream::TimesRanks, Parameters::Sum) => 1.0 / ranks(case),
-    };
+    let factor = averaged_over(declared, ranks(case));
     for (_, gradient) in &mut answer.head_state {
         gradient.iter_mut().for_each(|x| *x /= factor);
+    }
+}
+
+/// By what the sum of the ranks' parts of a parameter's gradient is divided,
+/// where the gradients of who declares this are those that are due.
+pub(super) fn averaged_over(declared: Declared, ranks: f64) -> f64 {
+    match (declared.upstream, declared.parameters) {
+        (Upstream::Share, Parameters::Sum) | (Upstream::TimesRanks, Parameters::Average) => 1.0,
+        (Upstream::Share, Parameters::Average) => ranks,
+        (Upstream::TimesRanks, Parameters::Sum) => 1.0 / ranks,
     }
 }
 

@@ -3,14 +3,14 @@
 
 use std::collections::BTreeMap;
 
-use fixtures::exchange::{Declared, Parameters, Tensors, Upstream, tensor};
+use fixtures::exchange::{Declared, Tensors, tensor};
 use fixtures::{Array, Case, Dtype};
 
 use super::comparison::{Comparison, Place, TensorComparison, WrongNumber};
 use super::power::SCALE;
 use super::ruler::fit_scale;
 use super::tolerance::lambda;
-use super::{Judgement, Verdict};
+use super::{Judgement, Verdict, convention};
 use crate::diagnosis::{Diagnosis, Mistake};
 use crate::oracle::due::{self, DueAnswer, DueTensor};
 
@@ -163,27 +163,17 @@ fn read(
             .map(|(name, due)| Ok((name.clone(), part(rank, name, due)?)));
         answered.ranks.push(numbers.collect::<Result<_, String>>()?);
     }
+    let averaged_over = convention::averaged_over(declared, case.world() as f64);
     for (name, due) in &due.sums {
         let mut sum = vec![0.0; due.right.len()];
         for rank in 0..ranks.len() {
             for (sum, part) in sum.iter_mut().zip(part(rank, name, due)?) {
-                *sum += part / averaged_over(case, declared);
+                *sum += part / averaged_over;
             }
         }
         answered.sums.insert(name.clone(), sum);
     }
     Ok(answered)
-}
-
-/// By what the sum of the ranks' parts of a parameter's gradient is divided,
-/// where the gradients of who declares this are those that are due.
-fn averaged_over(case: &Case, declared: Declared) -> f64 {
-    let ranks = case.world() as f64;
-    match (declared.upstream, declared.parameters) {
-        (Upstream::Share, Parameters::Sum) | (Upstream::TimesRanks, Parameters::Average) => 1.0,
-        (Upstream::Share, Parameters::Average) => ranks,
-        (Upstream::TimesRanks, Parameters::Sum) => 1.0 / ranks,
-    }
 }
 
 fn compared(due: &DueAnswer, answer: &Answered) -> Comparison {

@@ -9,9 +9,10 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::thread::LocalKey;
 
-use fixtures::exchange::Declared;
+use fixtures::exchange::{Declared, Upstream};
 use fixtures::{Case, Dtype};
 
+use super::rounding::RoundedNumbers;
 use super::{batch, loss, mesh, model, tiled};
 use crate::diagnosis::Mistake;
 
@@ -35,6 +36,32 @@ impl DueTensor {
             right: numbers.iter().map(|&number| number as f64).collect(),
             roots: vec![0.0; numbers.len()],
         }
+    }
+
+    /// What the oracle computed under this name.
+    pub(super) fn take(
+        computed: &mut BTreeMap<String, RoundedNumbers>,
+        name: &str,
+        dtype: Dtype,
+        shape: Vec<usize>,
+    ) -> Result<DueTensor, String> {
+        let numbers = computed.remove(name);
+        let RoundedNumbers { right, roots } =
+            numbers.ok_or_else(|| format!("the oracle has no {name}"))?;
+        Ok(DueTensor {
+            dtype,
+            shape,
+            right,
+            roots,
+        })
+    }
+}
+
+/// By what the gradients of one loss of all ranks are multiplied on each.
+pub(super) fn upstream(declared: Declared, world: usize) -> f64 {
+    match declared.upstream {
+        Upstream::Share => 1.0,
+        Upstream::TimesRanks => world as f64,
     }
 }
 

@@ -5,12 +5,12 @@
 //! not ignored, divided by their number, over all ranks; where there is none it
 //! is 0.
 
-use fixtures::exchange::{Declared, Upstream};
+use fixtures::Array;
+use fixtures::exchange::Declared;
 use fixtures::loss::{IGNORE_INDEX, LossCase, LossInputs};
-use fixtures::{Array, Dtype};
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::due::{DueAnswer, DueTensor};
+use super::due::{DueAnswer, DueTensor, upstream};
 use super::rounding::{Computed, Rounding, rounded, unrounded};
 use crate::diagnosis::Mistake;
 use crate::tensor::from_array;
@@ -34,26 +34,14 @@ pub(super) fn due(
 ) -> Result<DueAnswer, String> {
     let inputs = case.inputs();
     let failed = |error: TchError| format!("the oracle failed: {error}");
-    let upstream = match declared.upstream {
-        Upstream::Share => 1.0,
-        Upstream::TimesRanks => case.world as f64,
-    };
+    let upstream = upstream(declared, case.world);
     let compute = |rounding: &Rounding| compute(case, &inputs, upstream, mistake, rounding);
     let numbers = match mistake {
         None => rounded(case.dtype, case.seed, compute),
         Some(_) => unrounded(compute),
     };
     let mut numbers = numbers.map_err(failed)?;
-    let mut take = |name: &str, dtype: Dtype, shape: Vec<usize>| {
-        let numbers = numbers.remove(name);
-        let numbers = numbers.ok_or_else(|| format!("the oracle has no {name}"))?;
-        Ok::<_, String>(DueTensor {
-            dtype,
-            shape,
-            right: numbers.right,
-            roots: numbers.roots,
-        })
-    };
+    let mut take = |name: &str, dtype, shape| DueTensor::take(&mut numbers, name, dtype, shape);
     let mut answer = DueAnswer::default();
     let gradient = format!("d{}", case.states_name());
     for (rank, shard) in case.shards().iter().enumerate() {

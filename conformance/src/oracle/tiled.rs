@@ -66,14 +66,7 @@ pub(super) fn due(
             due.push(("gradient_signals".to_owned(), Dtype::I64, parameters));
         }
         let tensors = due.into_iter().map(|(name, dtype, shape)| {
-            let numbers = numbers.remove(&format!("{name} {rank}"));
-            let numbers = numbers.ok_or_else(|| format!("the oracle has no {name}"))?;
-            let tensor = DueTensor {
-                dtype,
-                shape,
-                right: numbers.right,
-                roots: numbers.roots,
-            };
+            let tensor = DueTensor::take(&mut numbers, &format!("{name} {rank}"), dtype, shape)?;
             Ok((name, tensor))
         });
         answer.ranks.push(tensors.collect::<Result<_, String>>()?);

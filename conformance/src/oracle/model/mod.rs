@@ -11,14 +11,14 @@ mod layout;
 use std::collections::BTreeMap;
 
 use fixtures::ModelCase;
-use fixtures::exchange::{Declared, Upstream};
+use fixtures::exchange::Declared;
 use fixtures::loss::IGNORE_INDEX;
 use fixtures::model::ModelInputs;
 use tch::{Device, Kind, TchError, Tensor};
 
 use self::decoder::Decoder;
 use self::layout::Layout;
-use super::due::{DueAnswer, DueTensor};
+use super::due::{DueAnswer, DueTensor, upstream};
 use super::loss::losses;
 use super::rounding::{Computed, Rounding, rounded_at_once, unrounded};
 use crate::diagnosis::Mistake;
@@ -55,10 +55,7 @@ pub(super) fn due(
 ) -> Result<DueAnswer, String> {
     let inputs = case.inputs();
     let failed = |error: TchError| format!("the oracle failed: {error}");
-    let upstream = match declared.upstream {
-        Upstream::Share => 1.0,
-        Upstream::TimesRanks => case.world as f64,
-    };
+    let upstream = upstream(declared, case.world);
     let layout = Layout::of(case, &inputs).map_err(failed)?;
     let compute = |rounding: &Rounding, runs: i64| {
         compute(case, &inputs, &layout, upstream, mistake, rounding, runs)
@@ -68,16 +65,7 @@ pub(super) fn due(
         Some(_) => unrounded(|rounding| compute(rounding, 1)),
     };
     let mut numbers = numbers.map_err(failed)?;
-    let mut take = |name: &str, dtype, shape: Vec<usize>| {
-        let numbers = numbers.remove(name);
-        let numbers = numbers.ok_or_else(|| format!("the oracle has no {name}"))?;
-        Ok::<_, String>(DueTensor {
-            dtype,
-            shape,
-            right: numbers.right,
-            roots: numbers.roots,
-        })
-    };
+    let mut take = |name: &str, dtype, shape| DueTensor::take(&mut numbers, name, dtype, shape);
     let mut answer = DueAnswer::default();
     let shards = case.shards();
     for rank in 0..case.world {
