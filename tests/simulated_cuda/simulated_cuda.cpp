@@ -1,0 +1,38 @@
+// CUDA devices simulated on the host, for a process of libtorch without
+// `libtorch_cuda.so`. Everything that libtorch looks up for CUDA is registered
+// here. See README.md.
+
+#include <ATen/native/transformers/attention.h>
+#include <torch/library.h>
+
+#include "device.h"
+#include "kernels.h"
+#include "memory.h"
+
+namespace at {
+REGISTER_CUDA_HOOKS(CUDAHooks)
+} // namespace at
+
+namespace {
+
+C10_REGISTER_GUARD_IMPL(CUDA, simulated::Guard)
+
+const bool registered = [] {
+  c10::SetAllocator(c10::DeviceType::CUDA, &simulated::device_memory());
+  at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(simulated::choose_attention);
+  return true;
+}();
+
+TORCH_LIBRARY_IMPL(_, CUDA, library) {
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&simulated::run_on_host>());
+}
+
+TORCH_LIBRARY_IMPL(aten, CUDA, library) {
+  library.impl("empty.memory_format", simulated::empty);
+  library.impl("empty_strided", simulated::empty_strided);
+  library.impl("copy_", simulated::copy);
+  library.impl("record_stream", simulated::record_stream);
+  library.impl("_fused_sdp_choice", simulated::choose_attention);
+}
+
+} // namespace
