@@ -116,9 +116,15 @@ class Call {
     auto made = c10::make_intrusive<c10::TensorImpl>(
         std::move(storage), c10::DispatchKeySet(key), impl.dtype());
     made->set_sizes_and_strides(impl.sizes(), impl.strides(), impl.storage_offset());
-    made->set_wrapped_number(impl.is_wrapped_number());
-    made->_set_conj(impl.is_conj());
-    made->_set_neg(impl.is_neg());
+    if (impl.is_wrapped_number()) {
+      made->set_wrapped_number(true);
+    }
+    if (impl.is_conj()) {
+      made->_set_conj(true);
+    }
+    if (impl.is_neg()) {
+      made->_set_neg(true);
+    }
     return at::Tensor(std::move(made));
   }
 

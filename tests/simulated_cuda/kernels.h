@@ -9,9 +9,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <cstring>
 #include <optional>
+#include <set>
 #include <string>
-#include <vector>
 
 #include "call.h"
 #include "memory.h"
@@ -87,11 +88,25 @@ inline bool is_generator(const c10::Argument& argument) {
   return (optional ? optional->getElementType() : type)->kind() == c10::TypeKind::GeneratorType;
 }
 
+// cuBLAS has no products of integers, which the host's kernels do have.
+inline void check_product(const c10::FunctionSchema& schema, const torch::jit::Stack& stack) {
+  static const std::set<std::string> products{
+      "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv", "aten::dot"};
+  if (products.count(schema.name()) == 0) {
+    return;
+  }
+  const auto dtype = stack[stack.size() - schema.arguments().size()].toTensor().scalar_type();
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !c10::isIntegralType(dtype, true), "\"", schema.name(), "_cuda\" not implemented for '",
+      dtype, "'");
+}
+
 inline void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   TORCH_CHECK_NOT_IMPLEMENTED(
       op.hasComputedKernelForDispatchKey(c10::DispatchKey::CPU), "Could not run '", schema.name(),
       "' with arguments from the 'CUDA' backend (simulated: the CPU has no kernel for it)");
+  check_product(schema, *stack);
   const size_t first = stack->size() - schema.arguments().size();
   OneDevice one;
   for (size_t i = 0; i < schema.arguments().size(); ++i) {
@@ -127,6 +142,7 @@ inline at::Tensor empty(
     std::optional<bool> pinned,
     std::optional<at::MemoryFormat> format) {
   TORCH_CHECK(!pinned.value_or(false), "Only dense CPU tensors can be pinned");
+  at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
   const c10::OptionalDeviceGuard guard(device && device->has_index() ? device : std::nullopt);
   return at::detail::empty_generic(
       C10_AS_INTARRAYREF_SLOW(sizes), &device_memory(), c10::DispatchKeySet(c10::DispatchKey::CUDA),
@@ -141,6 +157,7 @@ inline at::Tensor empty_strided(
     std::optional<at::Device> device,
     std::optional<bool> pinned) {
   TORCH_CHECK(!pinned.value_or(false), "Only dense CPU tensors can be pinned");
+  at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
   const c10::OptionalDeviceGuard guard(device && device->has_index() ? device : std::nullopt);
   return at::detail::empty_strided_generic(
       C10_AS_INTARRAYREF_SLOW(sizes), C10_AS_INTARRAYREF_SLOW(strides), &device_memory(),

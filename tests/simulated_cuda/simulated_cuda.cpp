@@ -15,6 +15,12 @@ REGISTER_CUDA_HOOKS(CUDAHooks)
 
 namespace {
 
+// A kernel that libtorch composes of others comes before any fallback. Of
+// these operators the host has a kernel of its own, as real devices do.
+const char* const COMPOSED[] = {
+    "addr", "addr.out", "linalg__powsum", "mish_backward",
+    "native_group_norm", "native_layer_norm", "silu_backward"};
+
 C10_REGISTER_GUARD_IMPL(CUDA, simulated::Guard)
 
 const bool registered = [] {
@@ -33,6 +39,10 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("copy_", simulated::copy);
   library.impl("record_stream", simulated::record_stream);
   library.impl("_fused_sdp_choice", simulated::choose_attention);
+  for (const char* composed : COMPOSED) {
+    library.impl(
+        composed, torch::CppFunction::makeFromBoxedFunction<&simulated::run_on_host>());
+  }
 }
 
 } // namespace
