@@ -1,12 +1,16 @@
-//! Compiles the custom autograd function against libtorch's headers and tells
+//! Compiles what tch does not bind against libtorch's headers and tells
 //! the linker where libtorch lies.
 //!
-//! Dependants find libtorch's folder in `DEP_ULYSSES_AUTOGRAD_LIBTORCH_LIB`,
+//! Dependants find libtorch's folder in `DEP_ULYSSES_LIBTORCH_LIBTORCH_LIB`,
 //! so that each can give its own programs the same run path.
 
 use std::{env, fs, path::PathBuf, process::ExitCode};
 
-const SOURCES: [&str; 2] = ["src/autograd/function.cpp", "src/autograd/gradient.cpp"];
+const SOURCES: [&str; 3] = [
+    "src/autograd/function.cpp",
+    "src/autograd/gradient.cpp",
+    "src/device/device.cpp",
+];
 const REMEDY: &str = "run `make setup`, or set LIBTORCH to the torch folder of a torch 2.11.0";
 
 fn main() -> ExitCode {
@@ -53,7 +57,7 @@ fn build(libtorch: &std::path::Path) {
         .include(libtorch.join("include/torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         .files(SOURCES)
-        .compile("ulysses_autograd");
+        .compile("ulysses_libtorch");
 
     let lib = libtorch.join("lib");
     println!("cargo::metadata=libtorch_lib={}", lib.display());

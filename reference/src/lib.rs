@@ -44,11 +44,10 @@
 //! | [`loss`] | cross-entropy over the tokens of all ranks |
 //! | [`communicator`] | how ranks talk: threads, MPI, a counter around either; sums and gathers of tensors |
 //! | [`mesh`] | data and sequence parallelism together |
+//! | [`device`] | on which device a rank computes |
 //! | [`autograd`] | custom autograd functions, and word that a gradient is complete, which tch lacks |
 //! | [`optimizer`] | AdamW and SGD with their state sharded over a mesh |
 //! | [`cost`] | bytes, operations and memory of a model, by arithmetic |
-//! | [`tiled`] | functions of long sequences in tiles: the MLP, logits and their loss |
-//! | [`loss`] | cross-entropy over the tokens of all ranks |
 //! | [`error`] | the one error type |
 //!
 //! Deliberately not here: any switch that would make a result wrong on purpose.
@@ -66,6 +65,7 @@ pub mod communicator;
 pub mod core_attention;
 pub mod cost;
 pub mod cross_attention;
+pub mod device;
 pub mod distributed_attention;
 pub mod error;
 pub mod exchange;
@@ -100,6 +100,7 @@ pub use communicator::{
 };
 pub use core_attention::{BlockLayout, Dropout, Kernel, Mask, Score, Structure, core_attention};
 pub use cross_attention::cross_attention;
+pub use device::{DeviceChoice, NoCuda, cuda_devices};
 pub use distributed_attention::DistributedAttention;
 pub use error::{Error, Refusal, Result};
 pub use exchange::Exchange;

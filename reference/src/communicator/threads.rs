@@ -13,10 +13,13 @@
 //! that is simply stuck. The first such failure is kept and given to every
 //! rank from then on, for ranks that have lost step cannot find it again.
 //!
-//! Ranks on a CUDA device are not provided for: torch runs the backward of all
-//! threads on one thread of the device, where a collective waits for itself.
+//! Ranks may share a GPU, whose stream keeps what they give it in order. torch
+//! runs the backward of all threads on one thread of the device, where a
+//! collective would wait for itself: a thread that was once in an exchange keeps
+//! its backward to itself.
 
 use super::{Communicator, CommunicatorError, blocks};
+use crate::device;
 use std::{
     hint,
     sync::{
@@ -215,6 +218,8 @@ impl Communicator for ThreadCommunicator {
     ) -> Result<(), CommunicatorError> {
         let operation = "all_to_all";
         let size = self.size;
+        // The backward of what is exchanged has an exchange as well.
+        device::keep_backward_on_this_thread();
         // A communicator records no graph, least of all one across threads.
         let _guard = tch::no_grad_guard();
         let failure = blocks::expect_lists(operation, self.rank, size, send, receive).err();

@@ -8,14 +8,19 @@
 //! with any MPI.
 //!
 //! A block that is contiguous is sent from where it lies, and received where
-//! it belongs; any other goes through a buffer.
+//! it belongs; any other goes through a buffer. So does a block on a GPU,
+//! through memory that is pinned for it: any MPI will do, and ranks may share a
+//! GPU.
 #![allow(unsafe_code)]
 
 use super::succeed;
-use crate::communicator::{CommunicatorError, strided};
+use crate::{
+    communicator::{CommunicatorError, strided},
+    device,
+};
 use mpi::ffi;
 use std::ffi::c_int;
-use tch::{Device, TchError, Tensor};
+use tch::Tensor;
 
 /// The bytes of a message: a power of two far from the 2^31 of a count.
 const LONGEST: usize = 1 << 30;
@@ -70,7 +75,7 @@ impl Transfer {
         let buffer = if lies_flat(place) {
             place.shallow_clone()
         } else {
-            room_for(place).map_err(CommunicatorError::libtorch(self.operation))?
+            device::staging(place).map_err(CommunicatorError::libtorch(self.operation))?
         };
         let first = buffer.data_ptr().cast::<u8>();
         let block = self.arriving.len();
@@ -100,7 +105,7 @@ impl Transfer {
         let buffer = if lies_flat(block) {
             block.shallow_clone()
         } else {
-            let buffer = room_for(block).map_err(&libtorch)?;
+            let buffer = device::staging(block).map_err(&libtorch)?;
             strided::copy(block, &buffer).map_err(&libtorch)?;
             buffer
         };
@@ -234,10 +239,6 @@ impl Transfer {
 /// Whether MPI can read or write a tensor where it is.
 fn lies_flat(tensor: &Tensor) -> bool {
     strided::is_plain(tensor) && tensor.is_contiguous()
-}
-
-fn room_for(block: &Tensor) -> Result<Tensor, TchError> {
-    Tensor::f_empty(block.size(), (block.f_kind()?, Device::Cpu))
 }
 
 fn bytes_of(buffer: &Tensor) -> usize {

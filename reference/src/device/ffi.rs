@@ -1,0 +1,195 @@
+//! The border between Rust and `device.cpp`: raw calls, and nothing that
+//! decides anything.
+#![allow(unsafe_code)]
+
+use std::{
+    ffi::{c_char, c_void},
+    ptr, slice,
+};
+use tch::{TchError, Tensor};
+use torch_sys::C_tensor;
+
+type Fail = extern "C" fn(*mut c_void, *const c_char, usize);
+
+unsafe extern "C" {
+    fn ulysses_device_set_current(index: i32, sink: *mut c_void, fail: Fail) -> bool;
+    fn ulysses_device_synchronize(index: i32, sink: *mut c_void, fail: Fail) -> bool;
+    fn ulysses_device_stream(
+        index: i32,
+        handle: *mut *mut c_void,
+        sink: *mut c_void,
+        fail: Fail,
+    ) -> bool;
+    fn ulysses_event_record(
+        index: i32,
+        event: *mut *mut c_void,
+        sink: *mut c_void,
+        fail: Fail,
+    ) -> bool;
+    fn ulysses_event_query(
+        event: *const c_void,
+        reached: *mut bool,
+        sink: *mut c_void,
+        fail: Fail,
+    ) -> bool;
+    fn ulysses_event_synchronize(event: *const c_void, sink: *mut c_void, fail: Fail) -> bool;
+    fn ulysses_event_milliseconds(
+        from: *const c_void,
+        to: *const c_void,
+        milliseconds: *mut f64,
+        sink: *mut c_void,
+        fail: Fail,
+    ) -> bool;
+    fn ulysses_event_free(event: *mut c_void);
+    fn ulysses_device_memory(
+        index: i32,
+        free: *mut u64,
+        total: *mut u64,
+        sink: *mut c_void,
+        fail: Fail,
+    ) -> bool;
+    fn ulysses_device_peak(index: i32, bytes: *mut u64, sink: *mut c_void, fail: Fail) -> bool;
+    fn ulysses_device_reset_peak(index: i32, sink: *mut c_void, fail: Fail) -> bool;
+    fn ulysses_pinned(
+        like: *const C_tensor,
+        tensor: *mut *mut C_tensor,
+        sink: *mut c_void,
+        fail: Fail,
+    ) -> bool;
+    fn ulysses_keep_backward_on_this_thread();
+    fn ulysses_backward_is_on_this_thread() -> bool;
+    fn ulysses_attention_switches() -> u8;
+    fn ulysses_set_attention_switches(switches: u8);
+}
+
+/// What `call` filled in, or the words of the exception that it met.
+fn checked(call: impl FnOnce(*mut c_void, Fail) -> bool) -> Result<(), TchError> {
+    let mut text = String::new();
+    match call((&raw mut text).cast(), take_text) {
+        true => Ok(()),
+        false => Err(TchError::Torch(text)),
+    }
+}
+
+extern "C" fn take_text(sink: *mut c_void, text: *const c_char, length: usize) {
+    // SAFETY: `sink` is the string of `checked`, which waits for the call, and
+    // `text` is alive during it.
+    let (sink, text) = unsafe {
+        (
+            &mut *sink.cast::<String>(),
+            slice::from_raw_parts(text.cast::<u8>(), length),
+        )
+    };
+    *sink = String::from_utf8_lossy(text).into_owned();
+}
+
+pub(super) fn set_current(index: i32) -> Result<(), TchError> {
+    // SAFETY: plain numbers, and the sink of `checked`.
+    checked(|sink, fail| unsafe { ulysses_device_set_current(index, sink, fail) })
+}
+
+pub(super) fn synchronize(index: i32) -> Result<(), TchError> {
+    // SAFETY: as above.
+    checked(|sink, fail| unsafe { ulysses_device_synchronize(index, sink, fail) })
+}
+
+/// The handle of the stream on which torch puts the work of this thread.
+pub(super) fn stream(index: i32) -> Result<*mut c_void, TchError> {
+    let mut handle = ptr::null_mut();
+    // SAFETY: `handle` is a place for a pointer.
+    checked(|sink, fail| unsafe { ulysses_device_stream(index, &raw mut handle, sink, fail) })?;
+    Ok(handle)
+}
+
+/// Free and total bytes.
+pub(super) fn memory(index: i32) -> Result<(u64, u64), TchError> {
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: two places for numbers.
+    checked(|sink, fail| unsafe {
+        ulysses_device_memory(index, &raw mut free, &raw mut total, sink, fail)
+    })?;
+    Ok((free, total))
+}
+
+pub(super) fn peak(index: i32) -> Result<u64, TchError> {
+    let mut bytes = 0;
+    // SAFETY: a place for a number.
+    checked(|sink, fail| unsafe { ulysses_device_peak(index, &raw mut bytes, sink, fail) })?;
+    Ok(bytes)
+}
+
+pub(super) fn reset_peak(index: i32) -> Result<(), TchError> {
+    // SAFETY: as for `set_current`.
+    checked(|sink, fail| unsafe { ulysses_device_reset_peak(index, sink, fail) })
+}
+
+pub(super) fn pinned(like: &Tensor) -> Result<Tensor, TchError> {
+    let mut tensor = ptr::null_mut();
+    // SAFETY: `like` is alive, and `tensor` a place for a pointer.
+    checked(|sink, fail| unsafe { ulysses_pinned(like.as_ptr(), &raw mut tensor, sink, fail) })?;
+    // SAFETY: the handle is new and ours to free.
+    Ok(unsafe { Tensor::from_ptr(tensor) })
+}
+
+pub(super) fn keep_backward_on_this_thread() {
+    // SAFETY: sets one thread-local flag.
+    unsafe { ulysses_keep_backward_on_this_thread() }
+}
+
+pub(super) fn backward_is_on_this_thread() -> bool {
+    // SAFETY: reads one thread-local flag.
+    unsafe { ulysses_backward_is_on_this_thread() }
+}
+
+pub(super) fn attention_switches() -> u8 {
+    // SAFETY: reads four flags.
+    unsafe { ulysses_attention_switches() }
+}
+
+pub(super) fn set_attention_switches(switches: u8) {
+    // SAFETY: sets four flags.
+    unsafe { ulysses_set_attention_switches(switches) }
+}
+
+/// An event of c10, recorded when it was made.
+pub(super) struct Event(*mut c_void);
+
+// SAFETY: an event may be asked from any thread; nothing here changes it.
+unsafe impl Send for Event {}
+
+impl Event {
+    pub(super) fn record(index: i32) -> Result<Event, TchError> {
+        let mut event = ptr::null_mut();
+        // SAFETY: a place for a pointer.
+        checked(|sink, fail| unsafe { ulysses_event_record(index, &raw mut event, sink, fail) })?;
+        Ok(Event(event))
+    }
+
+    pub(super) fn query(&self) -> Result<bool, TchError> {
+        let mut reached = false;
+        // SAFETY: the event is alive, and `reached` a place for a flag.
+        checked(|sink, fail| unsafe { ulysses_event_query(self.0, &raw mut reached, sink, fail) })?;
+        Ok(reached)
+    }
+
+    pub(super) fn synchronize(&self) -> Result<(), TchError> {
+        // SAFETY: the event is alive.
+        checked(|sink, fail| unsafe { ulysses_event_synchronize(self.0, sink, fail) })
+    }
+
+    pub(super) fn milliseconds_until(&self, later: &Event) -> Result<f64, TchError> {
+        let mut milliseconds = 0.0;
+        // SAFETY: both events are alive.
+        checked(|sink, fail| unsafe {
+            ulysses_event_milliseconds(self.0, later.0, &raw mut milliseconds, sink, fail)
+        })?;
+        Ok(milliseconds)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `record`, and freed once.
+        unsafe { ulysses_event_free(self.0) }
+    }
+}
