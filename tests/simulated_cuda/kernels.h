@@ -134,6 +134,38 @@ inline void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack)
   }
 }
 
+// Softmax, or its logarithm, of halves in float is one kernel of a device and
+// none of the host.
+inline void run_softmax(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  constexpr size_t INPUT = 0, HALF_TO_FLOAT = 2;
+  auto* arguments = &(*stack)[stack->size() - op.schema().arguments().size()];
+  if (arguments[HALF_TO_FLOAT].toBool()) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    arguments[INPUT] = arguments[INPUT].toTensor().to(at::kFloat);
+    arguments[HALF_TO_FLOAT] = false;
+  }
+  run_on_host(op, stack);
+}
+
+// Its derivative is then asked for in half, of float.
+inline void run_softmax_backward(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  constexpr size_t COTANGENT = 0, INPUT_DTYPE = 3, OUT = 4;
+  auto* arguments = &(*stack)[stack->size() - op.schema().arguments().size()];
+  const at::ScalarType dtype = arguments[COTANGENT].toTensor().scalar_type();
+  if (dtype == arguments[INPUT_DTYPE].toScalarType()) {
+    run_on_host(op, stack);
+    return;
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  at::Tensor out = arguments[OUT].toTensor();
+  const at::Tensor wide = out.to(dtype);
+  arguments[INPUT_DTYPE] = dtype;
+  arguments[OUT] = wide;
+  run_on_host(op, stack);
+  out.copy_(wide);
+  stack->back() = out;
+}
+
 inline at::Tensor empty(
     c10::SymIntArrayRef sizes,
     std::optional<at::ScalarType> dtype,

@@ -29,8 +29,13 @@ const bool registered = [] {
   return true;
 }();
 
+template <c10::BoxedKernel::BoxedKernelFunction* kernel>
+torch::CppFunction boxed() {
+  return torch::CppFunction::makeFromBoxedFunction<kernel>();
+}
+
 TORCH_LIBRARY_IMPL(_, CUDA, library) {
-  library.fallback(torch::CppFunction::makeFromBoxedFunction<&simulated::run_on_host>());
+  library.fallback(boxed<&simulated::run_on_host>());
 }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, library) {
@@ -39,9 +44,12 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("copy_", simulated::copy);
   library.impl("record_stream", simulated::record_stream);
   library.impl("_fused_sdp_choice", simulated::choose_attention);
+  library.impl("_softmax.out", boxed<&simulated::run_softmax>());
+  library.impl("_log_softmax.out", boxed<&simulated::run_softmax>());
+  library.impl("_softmax_backward_data.out", boxed<&simulated::run_softmax_backward>());
+  library.impl("_log_softmax_backward_data.out", boxed<&simulated::run_softmax_backward>());
   for (const char* composed : COMPOSED) {
-    library.impl(
-        composed, torch::CppFunction::makeFromBoxedFunction<&simulated::run_on_host>());
+    library.impl(composed, boxed<&simulated::run_on_host>());
   }
 }
 
