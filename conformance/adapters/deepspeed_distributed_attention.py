@@ -9,7 +9,7 @@ and padding masks of a rank's own tokens stay there. It does not say which heads
 A softcap is not sdpa's, and norms stand outside of both.
 """
 
-import deepspeed_cpu  # before deepspeed
+import deepspeed_start  # before deepspeed
 import torch
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor
@@ -32,7 +32,7 @@ LAYER: DistributedAttention
 
 def setup(rank: ulysses_kit.Rank) -> None:
     global LAYER
-    LAYER = DistributedAttention(core, deepspeed_cpu.setup(rank), scatter_idx=2, gather_idx=1)
+    LAYER = DistributedAttention(core, deepspeed_start.setup(rank), scatter_idx=2, gather_idx=1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, case: ulysses_kit.Case) -> Tensor:
@@ -86,7 +86,7 @@ def rotation(case: ulysses_kit.Case, dtype: torch.dtype) -> tuple[Tensor, Tensor
 if __name__ == "__main__":
     ulysses_kit.serve(
         implementation="deepspeed-distributed-attention",
-        version=deepspeed_cpu.deepspeed.__version__,
+        version=deepspeed_start.deepspeed.__version__,
         features=[
             *("dtype-f64", "dtype-f32", "dtype-bf16", "dtype-f16", "mask-full", "mask-causal"),
             *("grouped-kv", "uneven-kv-heads", "uneven-query-heads", "batch"),

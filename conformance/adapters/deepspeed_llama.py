@@ -9,7 +9,7 @@ at most, hence no float64. Attention alone is that of deepspeed_ulysses_hf.py, w
 
 from types import SimpleNamespace
 
-import deepspeed_cpu  # before deepspeed
+import deepspeed_start  # before deepspeed
 import deepspeed_ulysses_hf
 import torch
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
@@ -53,7 +53,7 @@ def model(weights: dict[str, torch.nn.Parameter], case: ulysses_kit.ModelCase) -
 if __name__ == "__main__":
     ulysses_kit.serve(
         implementation="deepspeed-llama",
-        version=deepspeed_cpu.deepspeed.__version__,
+        version=deepspeed_start.deepspeed.__version__,
         features=[
             *("dtype-f32", "dtype-bf16", "dtype-f16", "mask-causal"),
             *("grouped-kv", "kv-replication", "batch", "recompute", "model"),

@@ -9,7 +9,7 @@ shifts labels across documents, and that is claimed. Not claimed are ranks with 
 says nothing.
 """
 
-import deepspeed_cpu  # before deepspeed
+import deepspeed_start  # before deepspeed
 import torch
 from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP, UlyssesSPDataLoaderAdapter
 from torch import Tensor
@@ -23,7 +23,7 @@ GROUP = None
 
 def setup(rank: ulysses_kit.Rank) -> None:
     global GROUP
-    GROUP = deepspeed_cpu.setup(rank)
+    GROUP = deepspeed_start.setup(rank)
 
 
 def mlp(case: ulysses_kit.TiledCase, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def batch(batches: list[dict[str, Tensor]], case: ulysses_kit.BatchCase) -> list
         ids = entries["input_ids"]
         rows.append({"position_ids": torch.arange(ids.shape[1]).expand_as(ids).contiguous(), **entries})
     loader = UlyssesSPDataLoaderAdapter(
-        DataLoader(rows, batch_size=None), case.rank, GROUP, case.world, torch.device("cpu")
+        DataLoader(rows, batch_size=None), case.rank, GROUP, case.world, batches[0]["input_ids"].device
     )
     return [list(loader) for _ in range(case.stream["epochs"])]
 
@@ -62,14 +62,14 @@ def batch(batches: list[dict[str, Tensor]], case: ulysses_kit.BatchCase) -> list
 if __name__ == "__main__":
     ulysses_kit.serve(
         implementation="deepspeed-tiled",
-        version=deepspeed_cpu.deepspeed.__version__,
+        version=deepspeed_start.deepspeed.__version__,
         features=[
             *("dtype-f64", "dtype-f32", "dtype-bf16", "dtype-f16", "batch"),
             *("tiled-mlp", "tiled-mean", "tiled-sum", "tiled-mean-of-tiles", "gradient-signals"),
             *("batch-stream", "batch-targets-across-documents"),
         ],
         setup=setup,
-        tiled=deepspeed_cpu.count_as_zero_does(tiled),
+        tiled=deepspeed_start.count_as_zero_does(tiled),
         batch=batch,
         libraries=["deepspeed"],
     )

@@ -4,7 +4,7 @@ Of what every tile sees whole it says that one key alone "requires grads", so th
 is made of its sum, since its own mean is that of the tiles' means.
 """
 
-import deepspeed_cpu  # before deepspeed
+import deepspeed_start  # before deepspeed
 from deepspeed.runtime.sequence_parallel.ulysses_sp import sequence_tiled_compute
 from torch import Tensor
 from torch.nn.functional import cross_entropy, silu
@@ -49,13 +49,13 @@ def tiled(hidden: Tensor, case: ulysses_kit.TiledCase) -> Tensor:
 if __name__ == "__main__":
     ulysses_kit.serve(
         implementation="deepspeed-tiled-compute",
-        version=deepspeed_cpu.deepspeed.__version__,
+        version=deepspeed_start.deepspeed.__version__,
         features=[
             *("dtype-f64", "dtype-f32", "dtype-bf16", "dtype-f16", "batch"),
             *("tiled-mlp", "tiled-affine", "tiled-mean", "tiled-sum", "tiled-none", "tiled-mean-of-tiles"),
             "gradient-signals",
         ],
-        setup=deepspeed_cpu.setup,
-        tiled=deepspeed_cpu.count_as_zero_does(tiled),
+        setup=deepspeed_start.setup,
+        tiled=deepspeed_start.count_as_zero_does(tiled),
         libraries=["deepspeed"],
     )

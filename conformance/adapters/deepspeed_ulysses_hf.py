@@ -10,7 +10,7 @@ here: this is how DeepSpeed puts the two together. No mask is claimed, because t
 
 from types import SimpleNamespace
 
-import deepspeed_cpu  # before deepspeed
+import deepspeed_start  # before deepspeed
 import torch
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor
@@ -25,7 +25,7 @@ LAYERS: dict[tuple, tuple[UlyssesSPAttentionHF, SimpleNamespace]] = {}
 
 def setup(rank: ulysses_kit.Rank) -> None:
     global GROUP
-    GROUP = deepspeed_cpu.setup(rank)
+    GROUP = deepspeed_start.setup(rank)
 
 
 def layer(case: ulysses_kit.Case) -> tuple[UlyssesSPAttentionHF, SimpleNamespace]:
@@ -71,7 +71,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, case: ulysses_kit.Case) -> Tensor
 if __name__ == "__main__":
     ulysses_kit.serve(
         implementation="deepspeed-ulysses-hf",
-        version=deepspeed_cpu.deepspeed.__version__,
+        version=deepspeed_start.deepspeed.__version__,
         features=[
             *("dtype-f64", "dtype-f32", "dtype-bf16", "dtype-f16", "mask-full", "mask-causal"),
             *("grouped-kv", "kv-replication", "batch", "strided-inputs", "recompute"),

@@ -70,6 +70,8 @@ def ulysses_attention(
 
 
 def setup(rank: ulysses_kit.Rank) -> None:
+    torch.set_default_device(rank.device)
+    # gloo takes tensors of a GPU too, through the host, and ranks may share one
     dist.init_process_group("gloo", init_method=rank.init_method, rank=rank.rank, world_size=rank.world)
 
 
@@ -234,13 +236,14 @@ def bad_rows(rows: dict[str, Tensor], case: ulysses_kit.BatchCase) -> str | None
 @functools.cache  # process groups are made once
 def groups_of(dp_replicate: int, dp_shard: int, sp: int) -> tuple[dict[str, dist.ProcessGroup], list[int]]:
     """The process groups of this rank in a mesh of all ranks, and its coordinates. Every rank calls it."""
-    mesh = init_device_mesh("cpu", (dp_replicate, dp_shard, sp), mesh_dim_names=("replicate", "shard", "sp"))
+    device = torch.get_default_device().type
+    mesh = init_device_mesh(device, (dp_replicate, dp_shard, sp), mesh_dim_names=("replicate", "shard", "sp"))
     groups = {
         "sequence_parallel": mesh.get_group("sp"),
         "data_parallel_shard": mesh.get_group("shard"),
         "data_parallel_replicate": mesh.get_group("replicate"),
-        "data_parallel": init_device_mesh("cpu", (dp_replicate * dp_shard, sp)).get_group(0),
-        "sharding": init_device_mesh("cpu", (dp_replicate, dp_shard * sp)).get_group(1),
+        "data_parallel": init_device_mesh(device, (dp_replicate * dp_shard, sp)).get_group(0),
+        "sharding": init_device_mesh(device, (dp_replicate, dp_shard * sp)).get_group(1),
     }
     return groups, list(mesh.get_coordinate())
 

@@ -51,6 +51,7 @@ import torch
 import torch.distributed._functional_collectives
 import torch.fx.experimental.symbolic_shapes  # half a second; autograd.grad imports it, in every rank if not here
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 torch.set_num_threads(1)  # the same, for an adapter that imported torch first
@@ -133,6 +134,7 @@ class Rank:
     device: torch.device
     init_method: str  # a file:// store in the session folder, for init_process_group
     session: Path
+    kernel: str  # of attention, that the judge compares with: "sdpa" is whichever torch chooses
     case: int | None = None
     phase: str = ""  # what it does now
     entered: int = 0  # collectives, in this phase
@@ -142,6 +144,16 @@ class Rank:
         """Says what this rank does now. The judge quotes the last such line when a rank hangs or dies."""
         self.phase, self.entered = words, 0
         self._say("")
+
+    def attention_kernel(self) -> contextlib.AbstractContextManager:
+        """torch's attention bound to the kernel that the judge asks for, around the function of a case."""
+        only = {
+            "math": SDPBackend.MATH,
+            "flash": SDPBackend.FLASH_ATTENTION,
+            "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+            "cudnn": SDPBackend.CUDNN_ATTENTION,
+        }.get(self.kernel)
+        return sdpa_kernel(only) if only else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def inside(self, collective: str) -> Iterator[None]:
@@ -370,8 +382,7 @@ def serve(*, implementation: str, version: str, features: Sequence[str], setup: 
     for what, said in declared.items():
         if said not in DECLARED[what]:
             raise ValueError(f"{what} is {said!r}; it is one of {DECLARED[what]}")
-    folder = Path(os.environ.get("ULYSSES_EXCHANGE") or sys.exit("ulysses_kit: ULYSSES_EXCHANGE is not set")).absolute()
-    session = json.loads((folder / "session.json").read_text())
+    folder, session = _session()
     if session["protocol"] != PROTOCOL:
         sys.exit(f"ulysses_kit: the session speaks protocol {session['protocol']}, this kit {PROTOCOL}")
     versions = {"torch": torch.__version__, **{name: importlib.metadata.version(name) for name in libraries}}
@@ -389,6 +400,16 @@ def serve(*, implementation: str, version: str, features: Sequence[str], setup: 
     sys.exit(_fork_ranks(folder, session, run))
 
 
+def session_device() -> torch.device:
+    """Where the session wants tensors, for what has to know it before `setup`."""
+    return torch.device(_session()[1]["device"])
+
+
+def _session() -> tuple[Path, dict]:
+    folder = Path(os.environ.get("ULYSSES_EXCHANGE") or sys.exit("ulysses_kit: ULYSSES_EXCHANGE is not set")).absolute()
+    return folder, json.loads((folder / "session.json").read_text())
+
+
 def _fork_ranks(folder: Path, session: dict, run: Callable[[int, int, int], int]) -> int:
     """Starts all ranks as children and waits. When one fails: says which, ends the others, returns 1."""
     if torch.distributed.is_initialized() or threading.active_count() > 1:
@@ -399,6 +420,9 @@ def _fork_ranks(folder: Path, session: dict, run: Callable[[int, int, int], int]
         if (pid := os.fork()) == 0:
             status = 1
             try:
+                if session["device"] != "cpu":  # CUDA does not outlive a fork: begin anew, as one rank of a launcher
+                    as_rank = dict(zip(LAUNCHERS[0], map(str, (rank, session["world"], rank))))
+                    os.execve(sys.executable, sys.orig_argv, os.environ | as_rank)
                 status = run(rank, rank, parent)
             except BaseException:  # sys.exit in setup or attention, too: ranks leave at the end and not before
                 traceback.print_exc()
@@ -443,10 +467,12 @@ def _run_rank(folder: Path, session: dict, hello: dict, setup: Setup, functions:
     threading.Thread(target=_leave_when_alone, args=(session["judge"], parent), daemon=True).start()
     device = torch.device(session["device"])
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        if device.index is None:  # several ranks share a GPU where there are fewer
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     global _here
-    _here = me = Rank(rank, session["world"], device, f"file://{folder}/store", folder)
+    kernel = session.get("kernel", "sdpa")
+    _here = me = Rank(rank, session["world"], device, f"file://{folder}/store", folder, kernel)
     me.progress("setup")
     setup(me)  # what it raises ends this rank, with the traceback in its log
     hello.update(protocol=PROTOCOL, rank=rank, world=me.world, pid=os.getpid(), host=socket.gethostname())
@@ -492,9 +518,10 @@ def _outputs_and_gradients(
         torch.cuda.reset_peak_memory_stats(rank.device)
     rank.progress("forward")
     started = time.perf_counter()
-    answered = question.ask()
-    if question.outputs:
-        answered = _with_gradients(rank, question, answered if isinstance(answered, tuple) else (answered,))
+    with rank.attention_kernel():
+        answered = question.ask()
+        if question.outputs:
+            answered = _with_gradients(rank, question, answered if isinstance(answered, tuple) else (answered,))
     if rank.device.type == "cuda":
         torch.cuda.synchronize(rank.device)
         answer["peak_memory_bytes"] = torch.cuda.max_memory_allocated(rank.device)

@@ -2,11 +2,13 @@
 //! attention and its gradients.
 //!
 //! ```no_run
+//! # fn main() -> Result<(), String> {
+//! use ulysses::{DeviceChoice, Kernel};
 //! use ulysses_conformance::implementation::{Interrupt, ReferenceOnThreads};
 //! use ulysses_conformance::known::KnownFailures;
 //! use ulysses_conformance::{ExitCode, catalogue, runner};
 //!
-//! let mut reference = ReferenceOnThreads::new(ulysses::Kernel::Sdpa);
+//! let mut reference = ReferenceOnThreads::new(Kernel::Sdpa, DeviceChoice::Cpu)?;
 //! let summary = runner::run(
 //!     &mut reference,
 //!     &catalogue::cases(),
@@ -15,6 +17,8 @@
 //!     &mut |event| println!("{event:?}"),
 //! );
 //! assert_eq!(ExitCode::of(&[summary]), ExitCode::Success);
+//! # Ok(())
+//! # }
 //! ```
 //!
 //! One direction, no step back: a case is posed to an *implementation*, its

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use fixtures::exchange::Declared;
 use fixtures::{Case, Feature};
 
-use crate::implementation::{Failure, Implementation, Interrupt, Log, RankAnswer};
+use crate::implementation::{Claims, Failure, Implementation, Interrupt, Log, Means, RankAnswer};
 use crate::judge::{self, Cause, Due, Judgement, Question, Verdict};
 use crate::known::KnownFailures;
 
@@ -127,7 +127,7 @@ pub fn run(
         summary.starting += start.elapsed();
         let told = match claims {
             Ok(claims) => match due(case, &claims.features, &mut stepped_over) {
-                Ok(due) => ask(implementation, case, claims.declared, due),
+                Ok(due) => ask(implementation, case, &claims, due),
                 Err(feature) => Some((Record::not_claimed(case, feature), Vec::new())),
             },
             Err(failure) => Record::without_answer(case, failure).map(|r| (r, Vec::new())),
@@ -183,15 +183,15 @@ pub(crate) fn due(
 pub(crate) fn ask(
     implementation: &mut dyn Implementation,
     case: &Case,
-    declared: Declared,
+    claims: &Claims,
     due: Due,
 ) -> Option<(Record, Vec<Asked>)> {
     let questions = case.questions();
     let mut record = Record::unasked(case, Judgement::new(Verdict::Exact, ""));
-    record.declared = declared;
+    record.declared = claims.declared;
     let mut asked: Vec<Asked> = Vec::new();
     for (i, question) in questions.iter().enumerate() {
-        let (judgement, one) = ask_one(implementation, question, due, &mut record)?;
+        let (judgement, one) = ask_one(implementation, question, claims.means, due, &mut record)?;
         asked.push(one);
         if questions.len() == 1 {
             record.judgement = judgement;
@@ -225,11 +225,12 @@ pub(crate) fn ask(
 fn ask_one(
     implementation: &mut dyn Implementation,
     question: &Case,
+    means: Means,
     due: Due,
     costs: &mut Record,
 ) -> Option<(Judgement, Asked)> {
     let mut asked = Asked {
-        question: Question::of(question, costs.declared),
+        question: Question::of(question, costs.declared).by(means),
         answers: Vec::new(),
     };
     let start = Instant::now();

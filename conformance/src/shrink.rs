@@ -166,7 +166,7 @@ impl Search<'_> {
         if self.due != Some(due) {
             return None;
         }
-        let (record, _) = runner::ask(self.implementation, case, claims.declared, due)?;
+        let (record, _) = runner::ask(self.implementation, case, &claims, due)?;
         self.asks += match record.judgement.verdict {
             Verdict::Crash | Verdict::Hang => COLLAPSE,
             _ => 1,

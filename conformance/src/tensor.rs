@@ -1,7 +1,7 @@
 //! Between [`fixtures::Array`], a tensor at rest, and a tensor of libtorch.
 
 use fixtures::{Array, Dtype};
-use tch::{Kind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 /// The element type, as libtorch calls it.
 pub(crate) fn kind(dtype: Dtype) -> Kind {
@@ -18,6 +18,11 @@ pub(crate) fn kind(dtype: Dtype) -> Kind {
 pub(crate) fn from_array(array: &Array) -> Result<Tensor, TchError> {
     let shape: Vec<i64> = array.shape.iter().map(|&size| size as i64).collect();
     Tensor::f_from_data_size(&array.bytes, &shape, kind(array.dtype))
+}
+
+/// The same on a device.
+pub(crate) fn from_array_on(device: Device, array: &Array) -> Result<Tensor, TchError> {
+    from_array(array)?.f_to_device(device)
 }
 
 /// The tensor's elements, put in row-major order, in `dtype`, which is the

@@ -11,7 +11,7 @@ use fixtures::{Array, AttentionCase, Feature, Inputs, sharding};
 use rstest::rstest;
 use safetensors::SafeTensors;
 use sha2::{Digest, Sha256};
-use ulysses::Kernel;
+use ulysses::{DeviceChoice, Kernel};
 use ulysses_conformance::catalogue;
 use ulysses_conformance::implementation::{Implementation, ReferenceOnThreads};
 use ulysses_conformance::oracle::{self, AnswerTensor};
@@ -125,7 +125,7 @@ fn the_reference_says_what_jax_says(#[values(Kernel::Sdpa, Kernel::Eager)] kerne
     let golden = golden();
     let mut wrong = Vec::new();
     for world in WORLDS {
-        let mut reference = ReferenceOnThreads::new(kernel);
+        let mut reference = ReferenceOnThreads::new(kernel, DeviceChoice::Cpu).unwrap();
         for (case, golden) in &golden {
             let case = AttentionCase {
                 world,

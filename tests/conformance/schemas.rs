@@ -40,7 +40,8 @@ fn session_info() -> SessionInfo {
     SessionInfo {
         protocol: PROTOCOL,
         world: 1,
-        device: "cpu".to_owned(),
+        device: "cuda:1".to_owned(),
+        kernel: "memory-efficient".to_owned(),
         time_limit_s: 30.0,
         judge: Judge {
             pid: std::process::id(),

@@ -2,7 +2,7 @@
 //! it goes through the same door as everybody else.
 //!
 //! ```text
-//! mpirun -n {world} reference-adapter --kernel sdpa
+//! mpirun -n {world} reference-adapter
 //! ```
 
 use std::collections::BTreeMap;
@@ -14,26 +14,28 @@ use std::sync::Arc;
 use clap::Parser;
 use fixtures::exchange::{FOLDER_VARIABLE, Hello, PROTOCOL, Session, serve};
 use nix::unistd::{dup2_stderr, dup2_stdout};
-use ulysses::{Communicator, Kernel, MpiWorld};
+use ulysses::device::local_rank;
+use ulysses::{Communicator, DeviceChoice, MpiWorld};
 use ulysses_conformance::implementation::{
-    Claims, ReferenceRank, TellingCommunicator, claims, kernel_parser,
+    Claims, Means, ReferenceRank, TellingCommunicator, claims, kernel,
 };
 
 /// Answers the cases of an exchange with the bundled reference. To be started
 /// by mpirun, with the folder of the exchange in ULYSSES_EXCHANGE.
 #[derive(Debug, Parser)]
 #[command(version)]
-struct Arguments {
-    /// The core attention
-    #[arg(long, value_parser = kernel_parser(), default_value = "sdpa")]
-    kernel: Kernel,
-}
+struct Arguments {}
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let arguments = Arguments::parse();
+    Arguments::parse();
     let folder = std::env::var_os(FOLDER_VARIABLE)
         .ok_or_else(|| format!("{FOLDER_VARIABLE} is not set: the judge sets it"))?;
     let (session, info) = Session::open(Path::new(&folder))?;
+    let device = info.device.parse::<DeviceChoice>()?;
+    let means = Means {
+        device: device.device(local_rank())?,
+        kernel: kernel(&info.kernel).ok_or_else(|| format!("no kernel is `{}`", info.kernel))?,
+    };
     let world = MpiWorld::initialize()?;
     let communicator = Arc::new(world.communicator());
     let rank = communicator.rank();
@@ -44,7 +46,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     dup2_stderr(log("stderr")?)?;
 
     tch::set_num_threads(1);
-    let Claims { features, declared } = claims(arguments.kernel);
+    let Claims {
+        features, declared, ..
+    } = claims(means)?;
     let hello = Hello {
         protocol: PROTOCOL,
         rank,
@@ -58,7 +62,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         declared,
     };
     let telling = Arc::new(TellingCommunicator::new(communicator, session.clone()));
-    let mut reference = ReferenceRank::new(telling.clone(), arguments.kernel);
+    let mut reference = ReferenceRank::new(telling.clone(), means);
     serve(&session, &info, &hello, |case, inputs| {
         telling.begin(case.number);
         reference.answer(case, inputs)

@@ -1,6 +1,7 @@
 //! The program's arguments, and what it does with them.
 
 mod faults;
+mod kernels;
 mod plan;
 mod run;
 mod show;
@@ -40,6 +41,8 @@ enum Command {
     Faults(faults::Arguments),
     /// Tells what a case can show, and how far a number of its answer may be off
     Show(show::Arguments),
+    /// Lists the kernels of attention that a device offers
+    Kernels(kernels::Arguments),
     /// Tells what training a model costs: bytes that travel, operations, memory
     Plan(plan::Arguments),
 }
@@ -49,6 +52,7 @@ pub fn execute(arguments: &Arguments, program: &str) -> ExitCode {
     match &arguments.command {
         Command::Run(arguments) => run::execute(arguments, program),
         Command::Show(arguments) => show::execute(arguments),
+        Command::Kernels(arguments) => kernels::execute(arguments),
         Command::Plan(arguments) => plan::execute(arguments),
         Command::Faults(arguments) => faults::execute(arguments),
     }

@@ -4,6 +4,7 @@
 use clap::Args;
 use fixtures::exchange::Precision;
 use fixtures::{AttentionCase, Inputs};
+use tch::Device;
 
 use super::print;
 use crate::judge::{self, power};
@@ -85,7 +86,8 @@ fn of_element(case: &AttentionCase, element: &str, precision: Precision) -> Resu
         let numbers = answer.get(tensor).map(|numbers| numbers[number]);
         numbers.ok_or_else(|| format!("this case has no {}", tensor.name()))
     };
-    let whole = oracle::attention_rounded(case, &inputs, precision, None).map_err(failed)?;
+    let whole =
+        oracle::attention_rounded(case, &inputs, (precision, Device::Cpu), None).map_err(failed)?;
     let (right, root) = (numbers(&whole.right)?, numbers(&whole.roots)?);
     let parts = oracle::attention_rounded_in_parts(case, &inputs, precision).map_err(failed)?;
     let rows = parts.iter().map(|(words, roundoff, part)| {

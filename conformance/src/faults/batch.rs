@@ -5,6 +5,7 @@ use std::sync::Arc;
 use fixtures::batch::{BatchDefect, BatchInfo};
 use fixtures::exchange::{AskedInfo, Tensors};
 use fixtures::{Array, BatchCase, Case, Documents, Shard, Sharding, sharding};
+use tch::Device;
 use ulysses::{Communicator, ThreadCommunicator};
 
 use super::rank::{Halt, Staged};
@@ -379,7 +380,7 @@ fn answer(
     if let AskedInfo::Batch(asked) = &mut info.asked {
         change(asked);
     }
-    answer_of_profile(communicator, &info, inputs).map_err(Halt::Said)
+    answer_of_profile(communicator, Device::Cpu, &info, inputs).map_err(Halt::Said)
 }
 
 /// The labels as they are, cut and filled up as ids are.

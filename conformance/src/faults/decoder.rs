@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use fixtures::exchange::{AskedInfo, Tensors};
 use fixtures::model::ModelInfo;
-use tch::Tensor;
+use tch::{Device, Tensor};
 use ulysses::{
     AttentionCall, AttentionFunction, Communicator, Error, Exchange, HeadPartition, Llama, Mesh,
     ModelInput, Options, Reduction, Rotary, Sharding, ThreadCommunicator, TokenPartition,
@@ -34,9 +34,9 @@ impl<'a> Run<'a> {
         let AskedInfo::Model(info) = &told.info.asked else {
             return Err(Halt::Said("this is another profile".to_owned()));
         };
-        let model = model::registered(told.communicator, info, told.inputs);
+        let model = model::registered(told.communicator, Device::Cpu, info, told.inputs);
         let (model, mesh) = model.map_err(Halt::Said)?;
-        let tokens = model::tokens(told.inputs).map_err(Halt::Said)?;
+        let tokens = model::tokens(Device::Cpu, told.inputs).map_err(Halt::Said)?;
         let [ids, positions, labels, cotangent] = tokens;
         Ok(Run {
             info,

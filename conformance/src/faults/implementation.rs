@@ -7,13 +7,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fixtures::exchange::{AnswerInfo, AnswerStatus, AskedInfo, CaseInfo, Declared, Tensors};
-use ulysses::{
-    Communicator, CommunicatorError, CountingCommunicator, Error, Kernel, ThreadCommunicator,
-};
+use ulysses::{Communicator, CommunicatorError, CountingCommunicator, Error, ThreadCommunicator};
 
 use super::rank::{At, Halt, Memory, Staged, Stages};
 use super::{Fault, Made, Told};
-use crate::implementation::{self, Claims, Collapse, Failure, Implementation, RankAnswer};
+use crate::implementation::{self, Claims, Collapse, Failure, Implementation, Means, RankAnswer};
 
 /// How long ranks wait for one that does not come. Those here have milliseconds
 /// of work.
@@ -99,7 +97,7 @@ impl Implementation for Assembled {
     fn claims(&mut self, _world: usize) -> Result<Claims, Failure> {
         Ok(Claims {
             declared: self.stages.declared,
-            ..implementation::claims(Kernel::Sdpa)
+            ..implementation::claims(Means::default()).map_err(Failure::Harness)?
         })
     }
 

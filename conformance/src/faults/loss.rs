@@ -5,6 +5,7 @@ use std::sync::Arc;
 use fixtures::exchange::{AskedInfo, Tensors};
 use fixtures::loss::{IGNORE_INDEX, Ignored, LossInfo};
 use fixtures::{Array, Case, LossCase};
+use tch::Device;
 use ulysses::{Communicator, ThreadCommunicator};
 
 use super::rank::{Halt, Staged};
@@ -178,7 +179,7 @@ fn answer(
     told: &Told<'_>,
     inputs: &Tensors,
 ) -> Staged<Tensors> {
-    answer_of_profile(communicator, told.info, inputs).map_err(Halt::Said)
+    answer_of_profile(communicator, Device::Cpu, told.info, inputs).map_err(Halt::Said)
 }
 
 /// What a rank answers that knows nothing of the others.

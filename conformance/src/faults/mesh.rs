@@ -3,6 +3,7 @@
 use fixtures::exchange::{AskedInfo, Tensors};
 use fixtures::mesh::{GROUPS, MeshDefect, MeshInfo};
 use fixtures::{Array, Case, MeshCase};
+use tch::Device;
 use ulysses::MeshShape;
 use ulysses::mesh::Group;
 
@@ -116,7 +117,8 @@ pub(super) const FAULTS: &[Fault] = &[
                 if let AskedInfo::Mesh(asked) = &mut info.asked {
                     asked.sp = info.world / asked.dp_replicate / asked.dp_shard;
                 }
-                answer_of_profile(told.communicator, &info, told.inputs).map_err(Halt::Said)
+                answer_of_profile(told.communicator, Device::Cpu, &info, told.inputs)
+                    .map_err(Halt::Said)
             },
         },
     },

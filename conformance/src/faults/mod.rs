@@ -49,6 +49,7 @@ use std::sync::Arc;
 
 use fixtures::exchange::{CaseInfo, Tensors};
 use fixtures::{AttentionCase, Case};
+use tch::Device;
 use ulysses::Communicator;
 
 use crate::diagnosis::{Class, Mistake};
@@ -101,7 +102,8 @@ struct Told<'a> {
 impl Told<'_> {
     /// What the reference answers.
     fn right(&self) -> Staged<Tensors> {
-        answer_of_profile(self.communicator, self.info, self.inputs).map_err(Halt::Said)
+        answer_of_profile(self.communicator, Device::Cpu, self.info, self.inputs)
+            .map_err(Halt::Said)
     }
 }
 

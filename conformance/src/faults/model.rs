@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicUsize;
 use fixtures::exchange::{AskedInfo, Tensors};
 use fixtures::loss::{IGNORE_INDEX, Ignored};
 use fixtures::{Array, Case, ModelCase};
+use tch::Device;
 use ulysses::{Communicator, Mesh};
 
 use super::decoder::{
@@ -154,7 +155,7 @@ pub(super) const FAULTS: &[Fault] = &[
                 let mut inputs = told.inputs.clone();
                 let head = inputs.get(EMBEDDING).cloned();
                 inputs.extend(head.map(|head| ("lm_head.weight".to_owned(), head)));
-                let answer = answer_of_profile(told.communicator, &info, &inputs);
+                let answer = answer_of_profile(told.communicator, Device::Cpu, &info, &inputs);
                 let mut answer = answer.map_err(Halt::Said)?;
                 answer.remove("dlm_head.weight");
                 Ok(answer)
@@ -336,5 +337,5 @@ fn with_labels(told: &Told<'_>, are_shifted: bool) -> Staged<Tensors> {
         });
         *labels = Array::from_i64(&labels.shape, &rows.collect::<Vec<_>>());
     }
-    answer_of_profile(told.communicator, told.info, &inputs).map_err(Halt::Said)
+    answer_of_profile(told.communicator, Device::Cpu, told.info, &inputs).map_err(Halt::Said)
 }

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use fixtures::exchange::{AttentionInfo, CaseInfo, Declared, Tensors};
 use tch::{TchError, Tensor};
 use ulysses::{
-    Communicator, CommunicatorError, Error, Exchange, HeadPartition, Kernel, Options, Sharding,
+    Communicator, CommunicatorError, Error, Exchange, HeadPartition, Options, Sharding,
     ThreadCommunicator, TokenPartition,
 };
 
 use super::checks;
 use super::local::Local;
-use crate::implementation::Question;
+use crate::implementation::{Means, Question};
 use crate::tensor::{kind, to_array};
 
 /// Why a rank has no answer.
@@ -219,7 +219,7 @@ impl Stages {
     /// The tensors of the answer of one rank.
     pub(super) fn answer(&self, at: &At<'_>, inputs: &Tensors) -> Staged<Tensors> {
         let question =
-            Question::read(at.told, at.info, inputs, Kernel::Sdpa).map_err(Halt::Said)?;
+            Question::read(at.told, at.info, inputs, Means::default()).map_err(Halt::Said)?;
         let out = self.forward(at, Asked::of(at, &question)?)?;
         // Backward of the sum of products gives `out` the cotangent dO, exactly.
         out.f_mul(&question.dout)?.f_sum(None)?.f_backward()?;

@@ -11,6 +11,7 @@ use super::rank::{Halt, Staged};
 use super::{Fault, Made, Told};
 use crate::diagnosis::Mistake;
 use crate::implementation::answer_of_profile;
+use tch::Device;
 
 pub(super) const FAULTS: &[Fault] = &[
     Fault {
@@ -329,7 +330,7 @@ fn ask(told: &Told<'_>, change: impl FnOnce(&mut TiledInfo, &mut Tensors)) -> St
     if let AskedInfo::Tiled(info) = &mut asked.asked {
         change(info, &mut inputs);
     }
-    answer_of_profile(told.communicator, &asked, &inputs).map_err(Halt::Said)
+    answer_of_profile(told.communicator, Device::Cpu, &asked, &inputs).map_err(Halt::Said)
 }
 
 fn reduce(info: &mut TiledInfo, reduction: Reduction) {

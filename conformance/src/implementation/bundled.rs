@@ -4,13 +4,10 @@ use std::env;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
-use ulysses::Kernel;
-
 use super::{
     Conditions, External, Implementation, Interrupt, Launch, LaunchError, ReferenceOnThreads,
-    kernel_name,
 };
+use clap::ValueEnum;
 
 /// An implementation that comes with the harness.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -62,13 +59,15 @@ impl Bundled {
     /// it.
     pub fn implementation(
         self,
-        kernel: Kernel,
         conditions: Conditions,
         interrupt: &Interrupt,
     ) -> Result<Box<dyn Implementation>, String> {
         let launch = match self {
-            Bundled::Reference => return Ok(Box::new(ReferenceOnThreads::new(kernel))),
-            Bundled::ReferenceMpi => mpi_launch(kernel)?,
+            Bundled::Reference => {
+                let reference = ReferenceOnThreads::new(conditions.kernel, conditions.device)?;
+                return Ok(Box::new(reference));
+            }
+            Bundled::ReferenceMpi => mpi_launch()?,
             Bundled::TorchPlain => python_launch("torch_plain.py")?,
             Bundled::TorchPlainLlama => python_launch("torch_plain_llama.py")?,
             Bundled::DeepspeedDistributedAttention => {
@@ -81,7 +80,7 @@ impl Bundled {
         };
         Ok(Box::new(External::new(
             self.name(),
-            launch,
+            launch.for_device(conditions.device),
             conditions,
             interrupt,
         )))
@@ -89,7 +88,7 @@ impl Bundled {
 }
 
 /// The command of a user's own, ready to start adapters: the Python kit is on
-/// the path, and each rank has one thread and no GPU.
+/// the path, and each rank has one thread.
 pub fn launch_of(command: &str) -> Result<Launch, LaunchError> {
     Ok(for_adapters(Launch::parse(command)?))
 }
@@ -103,7 +102,7 @@ fn python_launch(adapter: &str) -> Result<Launch, String> {
         .map_err(|error| format!("{error}: run `make setup`, or set ULYSSES_PYTHON"))
 }
 
-fn mpi_launch(kernel: Kernel) -> Result<Launch, String> {
+fn mpi_launch() -> Result<Launch, String> {
     let adapter = env::current_exe()
         .map_err(|error| error.to_string())?
         .with_file_name("reference-adapter");
@@ -122,7 +121,7 @@ fn mpi_launch(kernel: Kernel) -> Result<Launch, String> {
                  --mca btl_sm_backing_directory {exchange} \
                  --mca orte_tmpdir_base {exchange} -n {world}"
         .split(' ')
-        .chain([&*adapter, "--kernel", kernel_name(kernel)]);
+        .chain([&*adapter]);
     let launch = Launch::new(words.map(str::to_owned).collect())
         .map_err(|error| format!("{error}: run `make setup`, or put an MPI on the PATH"))?;
     Ok(one_thread(launch)
@@ -137,9 +136,7 @@ fn for_adapters(launch: Launch) -> Launch {
         .chain(env::split_paths(&path).filter(|path| !path.as_os_str().is_empty()));
     // Only a folder with a colon in its name cannot be joined.
     let path = env::join_paths(path).unwrap_or_else(|_| OsString::from(ADAPTERS));
-    one_thread(launch)
-        .with_variable("PYTHONPATH", path)
-        .with_variable("CUDA_VISIBLE_DEVICES", "")
+    one_thread(launch).with_variable("PYTHONPATH", path)
 }
 
 /// Ranks share the cores: more threads than one each only fight for them.

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use fixtures::exchange::{CaseInfo, Tensors};
 
+use ulysses::{DeviceChoice, Kernel};
+
 use super::pool::Pool;
 use super::{Claims, Failure, Implementation, Interrupt, Log, RankAnswer};
 
@@ -58,6 +60,15 @@ impl Launch {
         self
     }
 
+    /// The same command with no GPU in sight where ranks are to compute without:
+    /// a framework that sees one may use it.
+    pub fn for_device(self, device: DeviceChoice) -> Launch {
+        match device {
+            DeviceChoice::Cpu => self.with_variable("CUDA_VISIBLE_DEVICES", ""),
+            DeviceChoice::Cuda | DeviceChoice::CudaAt(_) => self,
+        }
+    }
+
     /// What to call it: the file name of the last word, which is the adapter's
     /// in `torchrun --nproc-per-node {world} my_adapter.py`.
     pub fn name(&self) -> String {
@@ -100,6 +111,10 @@ pub struct Conditions {
     pub case_limit: Duration,
     /// Where the folders of the exchange are made. All ranks must see it.
     pub exchange: PathBuf,
+    /// Where ranks are to compute.
+    pub device: DeviceChoice,
+    /// By which kernel of attention they are to, if they can choose.
+    pub kernel: Kernel,
 }
 
 /// An implementation behind the exchange.

@@ -9,6 +9,7 @@ mod bundled;
 mod collapse;
 mod external;
 mod kernel;
+mod means;
 mod pool;
 mod processes;
 mod reference_rank;
@@ -24,7 +25,8 @@ use fixtures::exchange::{AnswerInfo, CaseInfo, Declared, Tensors};
 pub use bundled::{Bundled, launch_of};
 pub use collapse::Collapse;
 pub use external::{Conditions, External, Launch, LaunchError};
-pub use kernel::{kernel_name, kernel_parser};
+pub use kernel::{kernel, kernel_parser};
+pub use means::{Means, Offer};
 pub(crate) use reference_rank::{Question, answer_of_profile, model};
 pub use reference_rank::{ReferenceRank, claims};
 pub use telling::TellingCommunicator;
@@ -75,6 +77,8 @@ pub struct Claims {
     pub features: BTreeSet<String>,
     /// By which conventions it wants to be judged.
     pub declared: Declared,
+    /// By what means it computes, as far as the judge decides that.
+    pub means: Means,
 }
 
 /// Why there is no answer.

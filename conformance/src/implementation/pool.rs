@@ -18,7 +18,8 @@ use tempfile::TempDir;
 
 use super::collapse::{self, Collapse, LastSeen};
 use super::{
-    Claims, Conditions, Failure, Interrupt, Launch, Log, RankAnswer, processes, telling_line, told,
+    Claims, Conditions, Failure, Interrupt, Launch, Log, Means, RankAnswer, processes,
+    telling_line, told,
 };
 
 /// How long ranks have to leave once there are no more cases.
@@ -41,6 +42,7 @@ pub(super) struct Pool {
     hellos: Vec<Option<Hello>>,
     next_number: usize,
     case_limit: Duration,
+    means: Means,
     interrupt: Interrupt,
     host: String,
     /// Whether the ranks are known to be waiting for the next case.
@@ -136,7 +138,8 @@ impl Pool {
         let info = SessionInfo {
             protocol: PROTOCOL,
             world,
-            device: "cpu".to_owned(),
+            device: conditions.device.to_string(),
+            kernel: conditions.kernel.name().to_owned(),
             time_limit_s: conditions.case_limit.as_secs_f64(),
             judge: Judge {
                 pid: std::process::id(),
@@ -164,6 +167,10 @@ impl Pool {
             hellos: vec![None; world],
             next_number: 0,
             case_limit: conditions.case_limit,
+            means: Means {
+                device: conditions.device.device(0).map_err(io::Error::other)?,
+                kernel: conditions.kernel,
+            },
             interrupt: interrupt.clone(),
             host,
             is_idle: false,
@@ -204,6 +211,7 @@ impl Pool {
                 .reduce(|all, features| &all & &features)
                 .unwrap_or_default(),
             declared: self.declared(),
+            means: self.means,
         }
     }
 

@@ -4,25 +4,41 @@ use std::sync::Arc;
 use std::thread;
 
 use fixtures::exchange::{AnswerStatus, CaseInfo, Tensors};
-use ulysses::{Kernel, ThreadCommunicator};
+use tch::Device;
+use ulysses::{DeviceChoice, Kernel, NoCuda, ThreadCommunicator};
 
-use super::{Claims, Collapse, Failure, Implementation, RankAnswer, ReferenceRank, claims};
+use super::{Claims, Collapse, Failure, Implementation, Means, RankAnswer, ReferenceRank, claims};
 
 /// The bundled reference with its ranks as threads of this process: no
 /// launcher, no MPI, no files.
 pub struct ReferenceOnThreads {
-    kernel: Kernel,
+    claims: Claims,
+    /// Where ranks compute, in turn.
+    devices: Vec<Device>,
     /// Those of the last case, unless it went wrong.
     ranks: Vec<ReferenceRank>,
 }
 
 impl ReferenceOnThreads {
-    /// The reference around this core attention.
-    pub fn new(kernel: Kernel) -> ReferenceOnThreads {
-        ReferenceOnThreads {
+    /// The reference around this core attention, its ranks dealt out over the
+    /// devices.
+    ///
+    /// # Errors
+    ///
+    /// If a device is not there, or the kernel does nothing on it.
+    pub fn new(kernel: Kernel, choice: DeviceChoice) -> Result<ReferenceOnThreads, String> {
+        let devices = choice
+            .devices()
+            .map_err(|error: NoCuda| error.to_string())?;
+        let means = Means {
+            device: devices[0],
             kernel,
+        };
+        Ok(ReferenceOnThreads {
+            claims: claims(means)?,
+            devices,
             ranks: Vec::new(),
-        }
+        })
     }
 
     /// Ranks that have what they had after the last case, or fresh ones.
@@ -31,9 +47,13 @@ impl ReferenceOnThreads {
         if ranks.len() == world {
             return ranks;
         }
+        let kernel = self.claims.means.kernel;
         ThreadCommunicator::world(world)
             .into_iter()
-            .map(|communicator| ReferenceRank::new(Arc::new(communicator), self.kernel))
+            .zip(self.devices.iter().cycle())
+            .map(|(communicator, &device)| {
+                ReferenceRank::new(Arc::new(communicator), Means { device, kernel })
+            })
             .collect()
     }
 }
@@ -44,7 +64,7 @@ impl Implementation for ReferenceOnThreads {
     }
 
     fn claims(&mut self, _world: usize) -> Result<Claims, Failure> {
-        Ok(claims(self.kernel))
+        Ok(self.claims.clone())
     }
 
     fn ask(&mut self, posed: Vec<(CaseInfo, Tensors)>) -> Result<Vec<RankAnswer>, Failure> {

@@ -8,7 +8,7 @@ use super::assembly::{self, Whole};
 use super::comparison::Yardstick;
 use super::{Judgement, Verdict, convention, dropout, power};
 use crate::diagnosis::{self, Evidence, Mistake};
-use crate::implementation::RankAnswer;
+use crate::implementation::{Means, RankAnswer};
 use crate::oracle;
 
 /// Puts the ranks' tensors together and compares them with the oracle: the
@@ -17,7 +17,7 @@ use crate::oracle;
 pub(super) fn compare(
     case: &AttentionCase,
     inputs: &Inputs,
-    declared: Declared,
+    (declared, means): (Declared, Means),
     answers: &[RankAnswer],
     ranks: &[&Tensors],
 ) -> Result<Judgement, Judgement> {
@@ -30,8 +30,13 @@ pub(super) fn compare(
         convention::reduce(case, declared, &mut whole.answer);
     }
     let dropout = recover_dropout(case, inputs, &wholes)?;
-    let yardstick =
-        Yardstick::of(case, inputs, declared.precision, dropout.as_deref()).map_err(unclear)?;
+    let yardstick = Yardstick::of(
+        case,
+        inputs,
+        (declared.precision, means),
+        dropout.as_deref(),
+    )
+    .map_err(unclear)?;
     let judged = |whole: &Whole| {
         let comparison = yardstick.compare(&whole.answer);
         let sentence = match (comparison.sentence(), whole.rank) {

@@ -81,7 +81,10 @@ pub fn judge(
                 Judgement::new(Verdict::Fail, sentence).named(Mistake::BadInputTaken)
             }
             _ => match question.attention() {
-                Some((case, inputs)) => attention::compare(case, inputs, declared, answers, &ranks),
+                Some((case, inputs)) => {
+                    let means = question.means();
+                    attention::compare(case, inputs, (declared, means), answers, &ranks)
+                }
                 None => system::compare(question.case(), declared, &ranks),
             }
             .unwrap_or_else(|judgement| judgement),

@@ -13,6 +13,7 @@ use fixtures::{AttentionCase, Inputs};
 use super::comparison::Yardstick;
 use super::ruler::Ruler;
 use super::tolerance::lambda;
+use crate::implementation::Means;
 use crate::oracle::AnswerTensor;
 
 /// A factor of 1.25, and every one further from 1, is seen in each tensor: by
@@ -79,7 +80,8 @@ pub(crate) fn of(yardstick: &Yardstick) -> Vec<Power> {
 ///
 /// If there is no right answer to measure by.
 pub fn of_case(case: &AttentionCase, precision: Precision) -> Result<Vec<Power>, String> {
-    Yardstick::of(case, &Inputs::of(case), precision, None).map(|yardstick| of(&yardstick))
+    Yardstick::of(case, &Inputs::of(case), (precision, Means::default()), None)
+        .map(|yardstick| of(&yardstick))
 }
 
 /// Why the case cannot show what it is there for, if that is so.

@@ -4,6 +4,7 @@ use fixtures::exchange::{self, CaseInfo, Declared, Tensors};
 use fixtures::{AttentionCase, Case, Inputs};
 
 use super::convention;
+use crate::implementation::Means;
 
 /// A case as an implementation that declares some conventions is asked it.
 #[derive(Clone, Debug)]
@@ -11,6 +12,7 @@ pub struct Question {
     case: Case,
     /// Those of attention, in which the cotangent goes by the conventions.
     inputs: Option<Inputs>,
+    means: Means,
 }
 
 impl Question {
@@ -21,7 +23,13 @@ impl Question {
                 .attention()
                 .map(|case| convention::inputs_for(case, declared)),
             case: case.clone(),
+            means: Means::default(),
         }
+    }
+
+    /// The same, answered by these means, which the judge follows.
+    pub fn by(self, means: Means) -> Question {
+        Question { means, ..self }
     }
 
     /// The case with other inputs than its name says.
@@ -29,6 +37,7 @@ impl Question {
         Question {
             case: Case::Attention(case),
             inputs: Some(inputs),
+            means: Means::default(),
         }
     }
 
@@ -41,6 +50,11 @@ impl Question {
     /// attention.
     pub fn attention(&self) -> Option<(&AttentionCase, &Inputs)> {
         Some((self.case.attention()?, self.inputs.as_ref()?))
+    }
+
+    /// By what means the answer is computed, and judged.
+    pub fn means(&self) -> Means {
+        self.means
     }
 
     /// What is posed to each rank, in rank order.

@@ -9,7 +9,7 @@ use super::assembly::Whole;
 use super::attention::recover_dropout;
 use super::padding::PaddingTokens;
 use super::{Yardstick, assembly, dense, system};
-use crate::implementation::RankAnswer;
+use crate::implementation::{Means, RankAnswer};
 use crate::oracle::{Answer, AnswerTensor};
 use crate::runner::Asked;
 
@@ -28,7 +28,8 @@ pub fn right_answer(asked: &Asked, declared: Declared) -> Option<Tensors> {
         return None;
     }
     let dropout = recover_dropout(case, inputs, &wholes).ok()?;
-    let yardstick = Yardstick::of(case, inputs, declared.precision, dropout.as_deref()).ok()?;
+    let by = (declared.precision, asked.question.means());
+    let yardstick = Yardstick::of(case, inputs, by, dropout.as_deref()).ok()?;
     let mut tensors = Tensors::new();
     for name in AnswerTensor::ALL {
         let Some(ruler) = yardstick.ruler(name) else {
@@ -52,13 +53,17 @@ pub(crate) fn whole_answer(
     blanked(case, whole.answer)
 }
 
-/// What dense SDPA answers in the case's element type, where it answers it.
+/// What dense SDPA answers in the case's element type on a CPU, where it answers
+/// it.
 pub(crate) fn dense_answer(case: &AttentionCase, inputs: &Inputs) -> Option<Answer<Vec<f64>>> {
     if !dense::is_dense_sdpa(case) {
         return None;
     }
     let numbers = |_, array: Array| Ok::<_, TchError>(array.to_f64());
-    let answer = dense::attention(case, inputs).ok()?.try_map(numbers).ok()?;
+    let answer = dense::attention(case, inputs, Means::default())
+        .ok()?
+        .try_map(numbers)
+        .ok()?;
     blanked(case, answer)
 }
 

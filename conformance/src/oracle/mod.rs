@@ -45,7 +45,7 @@ pub(crate) mod visibility;
 
 use fixtures::exchange::Precision;
 use fixtures::{AttentionCase, Inputs};
-use tch::{Kind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use self::precision::Roundoffs;
 use self::sensitivity::Roundings;
@@ -89,8 +89,9 @@ pub struct Rounded {
     pub roots: Answer<Vec<f64>>,
 }
 
-/// The right answer, and how far it is moved by the roundings that attention
-/// makes in the case's element type and by this precision profile.
+/// The right answer, computed on this device, and how far it is moved by the
+/// roundings that attention makes in the case's element type and by this
+/// precision profile.
 ///
 /// # Errors
 ///
@@ -98,10 +99,11 @@ pub struct Rounded {
 pub fn attention_rounded(
     case: &AttentionCase,
     inputs: &Inputs,
-    precision: Precision,
+    (precision, device): (Precision, Device),
     dropout: Option<&[f64]>,
 ) -> Result<Rounded, TchError> {
     let problem = Problem::of(case, inputs)?.with_dropout(dropout)?;
+    let problem = problem.on(device)?;
     rounded(&problem, Roundoffs::of(case.dtype, precision))
 }
 

@@ -1,7 +1,8 @@
 //! A question as plain tensors, and its answer, row block by row block.
 
 use fixtures::{Array, AttentionCase, Input, Inputs};
-use tch::{Kind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
+use ulysses::device;
 
 use super::preparation::Prepared;
 use super::scores::{self, Scoring};
@@ -10,8 +11,13 @@ use super::visibility::Visibility;
 use super::{Answer, rotary};
 use crate::tensor;
 
-/// Rows of the score matrix that exist at a time.
+/// Rows of the score matrix that exist at a time on a CPU.
 const ROW_BLOCK: i64 = 128;
+
+/// How many numbers for each score exist at a time, roundings included, by a
+/// generous count; and the part of what a GPU has free that they may take.
+const NUMBERS_OF_A_SCORE: i64 = 32;
+const PART_OF_FREE: i64 = 4;
 
 /// A question, every part of which can be made another before it is answered.
 /// All numbers are float64.
@@ -127,6 +133,46 @@ impl Problem {
         }
     }
 
+    /// The same problem with its tensors on a device.
+    pub(super) fn on(&self, device: Device) -> Result<Problem, TchError> {
+        let there = |tensor: &Tensor| tensor.f_to_device(device);
+        let if_any = |tensor: &Option<Tensor>| tensor.as_ref().map(there).transpose();
+        Ok(Problem {
+            q: there(&self.q)?,
+            k: there(&self.k)?,
+            v: there(&self.v)?,
+            dout: there(&self.dout)?,
+            kv_of_query: self.kv_of_query.clone(),
+            visible: if_any(&self.visible)?,
+            query_angles: if_any(&self.query_angles)?,
+            key_angles: if_any(&self.key_angles)?,
+            query_norm: if_any(&self.query_norm)?,
+            key_norm: if_any(&self.key_norm)?,
+            scale: self.scale,
+            softcap: self.softcap,
+            slopes: if_any(&self.slopes)?,
+            distances: if_any(&self.distances)?,
+            sinks: if_any(&self.sinks)?,
+            dropout: if_any(&self.dropout)?,
+        })
+    }
+
+    /// How many rows of the score matrix are to exist at a time.
+    fn row_block(&self) -> Result<i64, TchError> {
+        let free = device::memory(self.q.device())
+            .map_err(|error| TchError::Torch(error.to_string()))?
+            .map(|(free, _)| i64::try_from(free).unwrap_or(i64::MAX));
+        Ok(match free {
+            None => ROW_BLOCK,
+            Some(free) => {
+                let [batch, heads, ..] = size4(&self.q)?;
+                let scores = batch * heads * self.k.size()[2].max(1);
+                let of_row = scores * NUMBERS_OF_A_SCORE * size_of::<f64>() as i64;
+                (free / PART_OF_FREE / of_row).max(1)
+            }
+        })
+    }
+
     /// The problem of these queries of one sequence alone. Their rows of output
     /// and of the queries' gradient are those of the whole problem.
     pub(crate) fn of_queries(&self, batch: i64, queries: &[i64]) -> Result<Problem, TchError> {
@@ -168,7 +214,7 @@ impl Problem {
         };
         let queries = prepared(&self.q, &self.query_norm, &self.query_angles)?;
         let keys = prepared(&self.k, &self.key_norm, &self.key_angles)?;
-        let groups = Groups::new(&self.kv_of_query, self.k.size()[1])?;
+        let groups = Groups::new(&self.kv_of_query, &self.k)?;
         let (k, v) = (groups.expand(&keys.heads)?, groups.expand(&self.v)?);
         let (k_transposed, v_transposed) = (k.f_transpose(2, 3)?, v.f_transpose(2, 3)?);
         if let Some(roundings) = &mut roundings {
@@ -178,9 +224,9 @@ impl Problem {
         let (mut out, mut dq) = (Vec::new(), Vec::new());
         let (mut dslopes, mut dsinks) = (Vec::new(), Vec::new());
         let (mut dk, mut dv) = (k.f_zeros_like()?, v.f_zeros_like()?);
-        let tokens = self.q.size()[2];
-        for first in (0..tokens).step_by(ROW_BLOCK as usize) {
-            let rows = ROW_BLOCK.min(tokens - first);
+        let (tokens, row_block) = (self.q.size()[2], self.row_block()?);
+        for first in (0..tokens).step_by(row_block as usize) {
+            let rows = row_block.min(tokens - first);
             let of_rows = |tensor: &Tensor| tensor.f_narrow(-2, first, rows);
             let of_these = |tensor: &Option<Tensor>| tensor.as_ref().map(of_rows).transpose();
             let (q, dout) = (of_rows(&queries.heads)?, of_rows(&self.dout)?);
@@ -264,11 +310,12 @@ pub(super) struct Groups {
 }
 
 impl Groups {
-    fn new(kv_of_query: &[i64], kv_heads: i64) -> Result<Groups, TchError> {
+    /// Of `kv`, which has KV heads along dimension 1.
+    fn new(kv_of_query: &[i64], kv: &Tensor) -> Result<Groups, TchError> {
         Ok(Groups {
             kv_of_query: kv_of_query.to_vec(),
-            kv_heads,
-            index: Tensor::f_from_slice(kv_of_query)?,
+            kv_heads: kv.size()[1],
+            index: Tensor::f_from_slice(kv_of_query)?.f_to_device(kv.device())?,
         })
     }
 

@@ -7,11 +7,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use fixtures::exchange::{self, Judge, PROTOCOL, Session, SessionInfo};
 
 use super::failures::failure;
+use crate::implementation::Conditions;
 use crate::judge;
 use crate::runner::{Event, Evidence};
 
@@ -23,19 +23,24 @@ pub struct Keeper {
     folder: PathBuf,
     implementation: String,
     command: String,
-    time_limit: Duration,
+    conditions: Conditions,
     kept: BTreeMap<String, Result<PathBuf, String>>,
 }
 
 impl Keeper {
     /// Keeps failures in `folder`, those of each implementation in one by its
     /// name. `command` repeats a case, as in [`failure`].
-    pub fn new(folder: &Path, implementation: &str, command: &str, time_limit: Duration) -> Keeper {
+    pub fn new(
+        folder: &Path,
+        implementation: &str,
+        command: &str,
+        conditions: &Conditions,
+    ) -> Keeper {
         Keeper {
             folder: folder.join(implementation),
             implementation: implementation.to_owned(),
             command: command.to_owned(),
-            time_limit,
+            conditions: conditions.clone(),
             kept: BTreeMap::new(),
         }
     }
@@ -64,8 +69,9 @@ impl Keeper {
         let info = SessionInfo {
             protocol: PROTOCOL,
             world: evidence.record.case.world(),
-            device: "cpu".to_owned(),
-            time_limit_s: self.time_limit.as_secs_f64(),
+            device: self.conditions.device.to_string(),
+            kernel: self.conditions.kernel.name().to_owned(),
+            time_limit_s: self.conditions.case_limit.as_secs_f64(),
             judge: Judge {
                 pid: std::process::id(),
                 host: NO_HOST.to_owned(),

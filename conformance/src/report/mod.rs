@@ -9,6 +9,7 @@ mod faults;
 mod json;
 mod junit;
 mod keep;
+mod kernels;
 mod progress;
 mod tables;
 
@@ -17,6 +18,7 @@ pub use faults::{faults, faults_page, rivals_page};
 pub use json::JsonLines;
 pub use junit::JUnit;
 pub use keep::Keeper;
+pub use kernels::kernels;
 pub use progress::Progress;
 pub(crate) use tables::table;
 pub use tables::{chance, closeness, closeness_of_profiles, costs, declared, verdicts};

@@ -48,8 +48,8 @@ pub fn verdicts(summaries: &[Summary]) -> String {
 }
 
 /// How near the right answers are, for each implementation and element type: of
-/// each tensor how many are bit-equal to dense SDPA, and how far the worst
-/// number is off relative to what it may be; of gradients of head state and of
+/// each tensor how many are bit-equal to dense attention by the same kernel, and
+/// how far the worst number is off relative to what it may be; of gradients of head state and of
 /// how far errors lean to one side the latter alone.
 pub fn closeness(summaries: &[Summary]) -> Option<String> {
     let header = ["implementation", "dtype", "answers"]

@@ -7,7 +7,8 @@
 //! [`Kernel::Eager`] is the definition, written down in tensors: all scores at
 //! once. [`Kernel::Sdpa`] is the same without ever holding S x S of anything:
 //! torch's fused kernel on what is visible, or, where the fused kernel knows
-//! no such scores, the definition on a few rows at a time.
+//! no such scores, the definition on a few rows at a time. The other kernels
+//! are those among which torch chooses.
 //!
 //! | module | holds |
 //! |---|---|
@@ -18,12 +19,14 @@
 //! | `dropout` | which weights are dropped, as a pure function of where they stand |
 //! | `eager` | the formula on everything at once |
 //! | `sdpa` | the fused kernel, and when it is used |
+//! | `backend` | one of torch's kernels alone |
 //! | `plan` | the tiles of the score matrix that have anything visible in them |
 //! | `tiled` | attention tile by tile, forward and backward |
 //!
 //! Not here: ranks, shards, and how to choose a kernel; the caller does.
 
 mod arguments;
+mod backend;
 mod dropout;
 mod eager;
 mod formula;
@@ -38,21 +41,79 @@ pub use dropout::Dropout;
 pub(crate) use formula::precise;
 pub use layout::BlockLayout;
 
+use self::backend::Switches;
 use crate::{error::Result, head_partition::HeadMap};
 use std::ops::Range;
 use tch::Tensor;
 use visible::Visible;
 
 /// How attention is computed.
+///
+/// All but [`Kernel::Eager`] are torch's `scaled_dot_product_attention`; where
+/// that cannot do what is asked, the separate operations on a few rows of
+/// scores at a time. The last four are one of its kernels alone, and torch's
+/// own error where the device or the call is not for that kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernel {
     /// Scores, softmax and weighted sum as separate operations, with all
     /// scores in memory at once.
     Eager,
-    /// torch's fused `scaled_dot_product_attention`, in memory linear in the
-    /// length of the sequence; where it cannot do what is asked, the separate
-    /// operations on a few rows of scores at a time.
+    /// Whichever kernel torch chooses. On a CPU that is its fused one, in memory
+    /// linear in the length of the sequence.
     Sdpa,
+    /// The separate operations, inside torch.
+    Math,
+    /// FlashAttention: half types on a GPU; on a CPU its own fused kernel.
+    Flash,
+    /// The memory-efficient kernel, on a GPU.
+    MemoryEfficient,
+    /// That of cuDNN: half types on a GPU.
+    CuDnn,
+}
+
+impl Kernel {
+    /// All of them.
+    pub const ALL: [Kernel; 6] = [
+        Kernel::Eager,
+        Kernel::Sdpa,
+        Kernel::Math,
+        Kernel::Flash,
+        Kernel::MemoryEfficient,
+        Kernel::CuDnn,
+    ];
+
+    /// What it is called on a command line: `memory-efficient`, for instance.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kernel::Eager => "eager",
+            Kernel::Sdpa => "sdpa",
+            Kernel::Math => "math",
+            Kernel::Flash => "flash",
+            Kernel::MemoryEfficient => "memory-efficient",
+            Kernel::CuDnn => "cudnn",
+        }
+    }
+
+    /// Does `call` with torch's attention bound to this kernel, for a comparison
+    /// with the very same; as it is for [`Kernel::Eager`] and [`Kernel::Sdpa`].
+    ///
+    /// The switches are the whole process': what other threads do of this crate
+    /// waits meanwhile, unless it wants the same kernel. What `call` does is not
+    /// to be of this crate.
+    pub fn alone<T>(self, call: impl FnOnce() -> T) -> T {
+        backend::with(self.switches(), call)
+    }
+
+    /// What is switched on of torch's attention.
+    fn switches(self) -> Switches {
+        match self {
+            Kernel::Eager | Kernel::Sdpa => None,
+            Kernel::Math => Some(backend::MATH),
+            Kernel::Flash => Some(backend::FLASH),
+            Kernel::MemoryEfficient => Some(backend::MEMORY_EFFICIENT),
+            Kernel::CuDnn => Some(backend::CUDNN),
+        }
+    }
 }
 
 /// Which tokens a token attends to, as far as their order decides it.
@@ -119,7 +180,7 @@ pub struct Structure<'a> {
 /// Differentiable in all three tensors, and in the slopes and sinks of
 /// `structure`.
 ///
-/// With [`Kernel::Sdpa`] no tensor of S x Sk elements is made. A plain call,
+/// With [`Kernel::Sdpa`] on a CPU no tensor of S x Sk elements is made. A plain call,
 /// one that asks for no more than a mask and a scale, is torch's fused kernel
 /// and nothing else. Any other goes over the visible tiles of the score matrix
 /// one by one, and over them again in backward; second derivatives are then
@@ -151,7 +212,7 @@ pub fn core_attention(
     };
     match kernel {
         Kernel::Eager => eager::attention(&call),
-        Kernel::Sdpa => sdpa::attention(&call),
+        _ => sdpa::attention(&call, kernel.switches()),
     }
 }
 

@@ -9,7 +9,7 @@ use super::{
     Call, Dropout,
     formula::{self, Formula, precise},
     plan::{Inside, Tile, plan},
-    sdpa,
+    sdpa::Fused,
     visible::{Order, positions, without_blind},
 };
 use crate::{
@@ -34,7 +34,7 @@ pub(super) struct Place {
 #[derive(Clone, Copy)]
 pub(super) enum Arithmetic {
     /// By torch's fused kernel, which knows a scale and a mask.
-    Fused { scale: f64 },
+    Fused(Fused),
     /// By the formula, in float32 for the half types.
     Formula {
         scale: f64,
@@ -111,7 +111,7 @@ impl Tiled {
                 views => Tensor::f_cat(views, 2)?,
             };
             Ok(match self.arithmetic {
-                Arithmetic::Fused { .. } => part,
+                Arithmetic::Fused(_) => part,
                 Arithmetic::Formula { .. } => part.f_to_kind(precise(part.f_kind()?))?,
             })
         };
@@ -126,7 +126,7 @@ impl Tiled {
         let inputs = [query, key, value];
         let (_, heads) = self.heads.narrow(tile.heads.clone());
         match self.arithmetic {
-            Arithmetic::Fused { scale } => self.fused(tile, inputs, &heads, scale),
+            Arithmetic::Fused(fused) => self.fused(tile, inputs, &heads, fused),
             Arithmetic::Formula {
                 scale,
                 softcap,
@@ -159,18 +159,18 @@ impl Tiled {
         tile: &Tile,
         inputs: [&Tensor; 3],
         heads: &HeadMap,
-        scale: f64,
+        fused: Fused,
     ) -> Result<Tensor> {
         match tile.inside {
-            Inside::All => sdpa::fused(inputs, heads, None, false, scale),
-            Inside::Causal => sdpa::fused(inputs, heads, None, true, scale),
+            Inside::All => fused.attention(inputs, heads, None, false),
+            Inside::Causal => fused.attention(inputs, heads, None, true),
             Inside::InOrder => {
                 let place = self.place(tile, inputs[QUERY])?;
                 let Some(visible) = self.visible(tile, &place)? else {
-                    return sdpa::fused(inputs, heads, None, false, scale);
+                    return fused.attention(inputs, heads, None, false);
                 };
                 let (visible, blind) = without_blind(&visible)?;
-                let output = sdpa::fused(inputs, heads, Some(&visible), false, scale)?;
+                let output = fused.attention(inputs, heads, Some(&visible), false)?;
                 Ok(output.f_masked_fill(&blind, 0.0)?)
             }
         }

@@ -24,6 +24,18 @@ impl DeviceChoice {
         }
     }
 
+    /// All devices that ranks get, in the order of local ranks; at least one.
+    ///
+    /// # Errors
+    /// As for [`DeviceChoice::device`].
+    pub fn devices(self) -> Result<Vec<Device>, NoCuda> {
+        let ranks = match self {
+            DeviceChoice::Cuda => cuda_devices()?,
+            DeviceChoice::Cpu | DeviceChoice::CudaAt(_) => 1,
+        };
+        (0..ranks).map(|rank| self.device(rank)).collect()
+    }
+
     /// The device of the rank that is the `local_rank`-th of its host, which may
     /// be more than there are GPUs.
     ///

@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use clap::Args;
 use fixtures::Case;
-use ulysses::Kernel;
+use ulysses::{DeviceChoice, Kernel};
 
 use self::known::KnownFile;
 use self::reports::Files;
 use super::print;
 use crate::implementation::{
-    Bundled, Conditions, External, Implementation, Interrupt, kernel_name, kernel_parser, launch_of,
+    Bundled, Conditions, External, Implementation, Interrupt, kernel_parser, launch_of,
 };
 use crate::report::{self, Keeper, Notes};
 use crate::runner::{self, Summary};
@@ -56,7 +56,14 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "SEED", conflicts_with = "case")]
     seed: Option<u64>,
 
-    /// The core attention of the reference
+    /// Where ranks compute, and dense attention and the oracle with them: cpu,
+    /// cuda (each rank on the GPU of its place on its host, several on one where
+    /// there are fewer), or cuda:N [default: cuda where there is a device]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceChoice>,
+
+    /// The core attention of the reference, and of the dense attention that an
+    /// answer may be bit-equal to; others are told it
     #[arg(long, value_parser = kernel_parser(), default_value = "sdpa")]
     kernel: Kernel,
 
@@ -142,15 +149,19 @@ pub(super) fn execute(arguments: &Arguments, program: &str) -> ExitCode {
         eprintln!("error: signals cannot be handled: {error}");
         return ExitCode::Environment;
     }
-    let choices = match arguments.choices(&interrupt) {
-        Ok(choices) => choices,
+    let begun = arguments.conditions().and_then(|conditions| {
+        let choices = arguments.choices(&conditions, &interrupt)?;
+        Ok((conditions, choices))
+    });
+    let (conditions, choices) = match begun {
+        Ok(begun) => begun,
         Err(reason) => {
             eprintln!("error: {reason}");
             return ExitCode::Environment;
         }
     };
-    let begun = arguments.files.begin();
-    let (mut known, mut reports) = match (arguments.known.read(), begun) {
+    let reports = arguments.files.begin();
+    let (mut known, mut reports) = match (arguments.known.read(), reports) {
         (Ok(known), Ok(reports)) => (known, reports),
         (Err(reason), _) | (_, Err(reason)) => {
             eprintln!("error: {reason}");
@@ -167,8 +178,8 @@ pub(super) fn execute(arguments: &Arguments, program: &str) -> ExitCode {
     } in choices
     {
         let implementation = &mut *implementation;
-        let command = format!("{program} run {flags}{}", arguments.limits_and_kernel());
-        let mut keeper = arguments.keeper(implementation.name(), &command);
+        let command = format!("{program} run {flags}{}", arguments.limits_and_means());
+        let mut keeper = arguments.keeper(implementation.name(), &command, &conditions);
         let summary = runner::run(
             implementation,
             &cases,
@@ -202,8 +213,9 @@ pub(super) fn execute(arguments: &Arguments, program: &str) -> ExitCode {
     ));
     if let Some(table) = report::closeness(&summaries) {
         print(&format!(
-            "How near the right answers are: of each tensor how many are bit-equal to dense SDPA,\n\
-             and how far the worst number is off, relative to what it may be.\n\n{table}\n{}\n",
+            "How near the right answers are: of each tensor how many are bit-equal to dense attention \
+             by the\nsame kernel, and how far the worst number is off, relative to what it may be.\n\n\
+             {table}\n{}\n",
             report::chance(&summaries)
         ));
     }
@@ -286,17 +298,33 @@ impl Arguments {
         cases
     }
 
-    fn choices(&self, interrupt: &Interrupt) -> Result<Vec<Choice>, String> {
-        let conditions = Conditions {
+    /// Under what conditions ranks run, on the device that was asked for or
+    /// else on what there is.
+    fn conditions(&self) -> Result<Conditions, String> {
+        let device = self.device.unwrap_or_else(DeviceChoice::of_this_machine);
+        if let Err(reason) = device.devices() {
+            return Err(format!("--device {device}: {reason}"));
+        }
+        Ok(Conditions {
             start_limit: self.start_limit,
             case_limit: self.time_limit,
             exchange: self.exchange.clone().unwrap_or_else(exchange),
-        };
+            device,
+            kernel: self.kernel,
+        })
+    }
+
+    fn choices(
+        &self,
+        conditions: &Conditions,
+        interrupt: &Interrupt,
+    ) -> Result<Vec<Choice>, String> {
         if let Some(command) = &self.launch {
             let launch = launch_of(command).map_err(|error| format!("--launch: {error}"))?;
+            let launch = launch.for_device(conditions.device);
             let name = launch.name();
             let flags = format!("--launch {}", shell_words::quote(command));
-            let external = External::new(name, launch, conditions, interrupt);
+            let external = External::new(name, launch, conditions.clone(), interrupt);
             return Ok(vec![Choice {
                 implementation: Box::new(external),
                 flags,
@@ -305,8 +333,7 @@ impl Arguments {
         self.implementation
             .iter()
             .map(|bundled| {
-                let implementation =
-                    bundled.implementation(self.kernel, conditions.clone(), interrupt)?;
+                let implementation = bundled.implementation(conditions.clone(), interrupt)?;
                 let flags = format!("--implementation {}", bundled.name());
                 Ok(Choice {
                     implementation,
@@ -316,18 +343,25 @@ impl Arguments {
             .collect()
     }
 
-    fn keeper(&self, implementation: &str, command: &str) -> Option<Keeper> {
+    fn keeper(
+        &self,
+        implementation: &str,
+        command: &str,
+        conditions: &Conditions,
+    ) -> Option<Keeper> {
         let folder = self.files.keep.as_ref()?;
-        let keeper = Keeper::new(folder, implementation, command, self.time_limit);
-        Some(keeper)
+        Some(Keeper::new(folder, implementation, command, conditions))
     }
 
     /// The flags, besides those that choose implementation and case, without
     /// which a case would not be repeated as it was.
-    fn limits_and_kernel(&self) -> String {
+    fn limits_and_means(&self) -> String {
         let mut flags = String::new();
         if self.kernel != Kernel::Sdpa {
-            flags += &format!(" --kernel {}", kernel_name(self.kernel));
+            flags += &format!(" --kernel {}", self.kernel.name());
+        }
+        if let Some(device) = self.device {
+            flags += &format!(" --device {device}");
         }
         if self.time_limit != Duration::from_secs(30) {
             flags += &format!(" --time-limit {}", self.time_limit.as_secs_f64());

@@ -4,22 +4,23 @@ use std::sync::Arc;
 
 use fixtures::exchange::{Tensors, tensor};
 use fixtures::loss::LossInfo;
-use tch::TchError;
+use tch::{Device, TchError};
 use ulysses::{Communicator, Reduction, cross_entropy, tiled_logits_loss};
 
 use super::gradients;
-use crate::tensor::{from_array, to_array};
+use crate::tensor::{from_array_on, to_array};
 
 /// Into how many tiles the logits of hidden states are cut.
 const TILES: usize = 3;
 
 pub(super) fn answer(
     communicator: &Arc<dyn Communicator>,
+    device: Device,
     info: &LossInfo,
     inputs: &Tensors,
 ) -> Result<Tensors, String> {
     let said = |error: TchError| error.to_string();
-    let input = |name| from_array(tensor(inputs, name)?).map_err(said);
+    let input = |name| from_array_on(device, tensor(inputs, name)?).map_err(said);
     let leaf = |name| input(name)?.f_set_requires_grad(true).map_err(said);
     let labels = input("labels")?;
     let (loss, leaves) = match info.hidden_size {

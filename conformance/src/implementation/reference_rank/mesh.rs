@@ -5,13 +5,15 @@ use std::sync::Arc;
 use fixtures::exchange::{Tensors, tensor};
 use fixtures::mesh::{GROUPS, MeshInfo};
 use fixtures::{Array, Dtype};
+use tch::Device;
 use ulysses::communicator::collectives;
 use ulysses::{Communicator, Mesh, MeshShape};
 
-use crate::tensor::{from_array, to_array};
+use crate::tensor::{from_array_on, to_array};
 
 pub(super) fn answer(
     communicator: &Arc<dyn Communicator>,
+    device: Device,
     info: &MeshInfo,
     inputs: &Tensors,
 ) -> Result<Tensors, String> {
@@ -55,7 +57,8 @@ pub(super) fn answer(
         insert("mpu", &mpu.map(|number| number as i64));
     }
     if info.sums {
-        let value = from_array(tensor(inputs, "value")?).map_err(|error| error.to_string())?;
+        let value = from_array_on(device, tensor(inputs, "value")?);
+        let value = value.map_err(|error| error.to_string())?;
         for (name, group) in GROUPS.into_iter().zip(groups) {
             let sum = collectives::all_reduce(&**group, &value);
             let sum = sum.map_err(|error| error.to_string())?;

@@ -17,34 +17,68 @@ use fixtures::Feature;
 use fixtures::exchange::{
     AnswerInfo, AnswerStatus, AskedInfo, AttentionInfo, CaseInfo, Declared, Precision, Tensors,
 };
-use tch::{TchError, Tensor};
+use tch::{Device, TchError, Tensor};
 use ulysses::{
     Communicator, CountingCommunicator, Kernel, Options, UlyssesAttention, checkpoint,
     cross_attention,
 };
 
-use super::Claims;
+use super::{Claims, Means, Offer};
 use crate::tensor::{kind, to_array};
 use question::Brought;
 pub(crate) use question::Question;
 
-/// What the reference around this core attention claims: everything but ranks
-/// without a query head. The eager kernel stores every intermediate tensor.
-pub fn claims(kernel: Kernel) -> Claims {
-    Claims {
+/// What the reference claims that computes by these means: everything but ranks
+/// without a query head, and what the kernel does not do on that device. The
+/// eager kernel stores every intermediate tensor.
+///
+/// # Errors
+///
+/// If the kernel does nothing on that device: in torch's words.
+pub fn claims(means: Means) -> Result<Claims, String> {
+    let lacking = lacking(means)?;
+    Ok(Claims {
         features: Feature::ALL
             .into_iter()
-            .filter(|&feature| feature != Feature::FewerQueryHeadsThanRanks)
+            .filter(|feature| !lacking.contains(feature))
             .map(|feature| feature.name().to_owned())
             .collect(),
         declared: Declared {
-            precision: match kernel {
-                Kernel::Sdpa => Precision::Fused,
+            precision: match means.kernel {
                 Kernel::Eager => Precision::Stored,
+                _ => Precision::Fused,
             },
             ..Declared::default()
         },
+        means,
+    })
+}
+
+/// What the reference does not do by these means.
+fn lacking(means: Means) -> Result<Vec<Feature>, String> {
+    let mut lacking = vec![Feature::FewerQueryHeadsThanRanks];
+    let offers = Offer::of(means)?;
+    let dtypes = [
+        (Dtype::F64, Feature::DtypeF64),
+        (Dtype::F32, Feature::DtypeF32),
+        (Dtype::Bf16, Feature::DtypeBf16),
+        (Dtype::F16, Feature::DtypeF16),
+    ];
+    for (dtype, feature) in dtypes {
+        if !offers
+            .iter()
+            .any(|offer| offer.dtype == dtype && offer.is_taken())
+        {
+            lacking.push(feature);
+        }
     }
+    if !offers
+        .iter()
+        .any(|offer| offer.is_grouped && offer.is_taken())
+    {
+        lacking.push(Feature::GroupedKv);
+    }
+    Ok(lacking)
 }
 
 /// One rank of the reference.
@@ -53,16 +87,16 @@ pub fn claims(kernel: Kernel) -> Claims {
 /// as a model does: so that what one case leaves behind another would meet.
 pub struct ReferenceRank {
     communicator: Arc<CountingCommunicator>,
-    kernel: Kernel,
+    means: Means,
     attentions: Vec<(Options, Arc<UlyssesAttention>)>,
 }
 
 impl ReferenceRank {
-    /// A rank around this core attention.
-    pub fn new(communicator: Arc<dyn Communicator>, kernel: Kernel) -> ReferenceRank {
+    /// A rank that computes by these means.
+    pub fn new(communicator: Arc<dyn Communicator>, means: Means) -> ReferenceRank {
         ReferenceRank {
             communicator: Arc::new(CountingCommunicator::new(communicator)),
-            kernel,
+            means,
             attentions: Vec::new(),
         }
     }
@@ -76,7 +110,7 @@ impl ReferenceRank {
             AskedInfo::Attention(asked) => self.attend(case, asked, inputs),
             _ => {
                 let communicator = Arc::clone(&self.communicator) as Arc<dyn Communicator>;
-                answer_of_profile(&communicator, case, inputs)
+                answer_of_profile(&communicator, self.means.device, case, inputs)
             }
         };
         let (status, message, tensors) = match answered {
@@ -99,7 +133,7 @@ impl ReferenceRank {
         case: &AttentionInfo,
         inputs: &Tensors,
     ) -> Result<Tensors, String> {
-        let question = Question::read(told, case, inputs, self.kernel)?;
+        let question = Question::read(told, case, inputs, self.means)?;
         let out = self.forward(case, &question)?;
         // Backward of the sum of products gives `out` the cotangent dO, exactly.
         let said = |error: TchError| error.to_string();
@@ -152,19 +186,21 @@ impl ReferenceRank {
 }
 
 /// What the reference answers in the profiles that keep nothing from case to
-/// case: all but attention.
+/// case: all but attention. Batches are prepared on the host, whatever the
+/// device.
 pub(crate) fn answer_of_profile(
     communicator: &Arc<dyn Communicator>,
+    device: Device,
     case: &CaseInfo,
     inputs: &Tensors,
 ) -> Result<Tensors, String> {
     match &case.asked {
         AskedInfo::Attention(_) => Err("attention is asked of a rank that stays".to_owned()),
-        AskedInfo::Loss(asked) => loss::answer(communicator, asked, inputs),
-        AskedInfo::Tiled(asked) => tiled::answer(asked, inputs),
+        AskedInfo::Loss(asked) => loss::answer(communicator, device, asked, inputs),
+        AskedInfo::Tiled(asked) => tiled::answer(device, asked, inputs),
         AskedInfo::Batch(asked) => batch::answer(communicator, asked, inputs),
-        AskedInfo::Mesh(asked) => mesh::answer(communicator, asked, inputs),
-        AskedInfo::Model(asked) => model::answer(communicator, asked, inputs),
+        AskedInfo::Mesh(asked) => mesh::answer(communicator, device, asked, inputs),
+        AskedInfo::Model(asked) => model::answer(communicator, device, asked, inputs),
     }
 }
 

@@ -11,19 +11,20 @@ use ulysses::{
     cross_entropy, register_with_model,
 };
 
-use crate::tensor::{from_array, kind, to_array};
+use crate::tensor::{from_array, from_array_on, kind, to_array};
 
 /// What is given beside the weights.
 const BESIDE: [&str; 4] = ["input_ids", "position_ids", "labels", "dloss"];
 
 pub(super) fn answer(
     communicator: &Arc<dyn Communicator>,
+    device: Device,
     info: &ModelInfo,
     inputs: &Tensors,
 ) -> Result<Tensors, String> {
     let said = |error: ulysses::Error| error.to_string();
-    let (model, mesh) = registered(communicator, info, inputs)?;
-    let [ids, positions, labels, cotangent] = tokens(inputs)?;
+    let (model, mesh) = registered(communicator, device, info, inputs)?;
+    let [ids, positions, labels, cotangent] = tokens(device, inputs)?;
     let input = ModelInput {
         input_ids: &ids,
         position_ids: &positions,
@@ -44,6 +45,7 @@ pub(super) fn answer(
 /// The model of this rank, registered among those that share its sequences.
 pub(crate) fn registered(
     communicator: &Arc<dyn Communicator>,
+    device: Device,
     info: &ModelInfo,
     inputs: &Tensors,
 ) -> Result<(Llama, Mesh), String> {
@@ -55,7 +57,7 @@ pub(crate) fn registered(
         .map(|(name, array)| Ok((name.clone(), from_array(array)?)))
         .collect::<Result<Weights, TchError>>()
         .map_err(|error| error.to_string())?;
-    let mut model = Llama::new(config, weights, kind(info.dtype), Device::Cpu).map_err(said)?;
+    let mut model = Llama::new(config, weights, kind(info.dtype), device).map_err(said)?;
     model.set_checkpointing(info.checkpointing);
     let registration = Registration {
         sequence_parallel_size: info.sequence_parallel,
@@ -68,8 +70,11 @@ pub(crate) fn registered(
 }
 
 /// Token ids, position ids, labels, and the cotangent of the loss.
-pub(crate) fn tokens(inputs: &Tensors) -> Result<[Tensor; 4], String> {
-    let read = |name| from_array(tensor(inputs, name)?).map_err(|error| error.to_string());
+pub(crate) fn tokens(device: Device, inputs: &Tensors) -> Result<[Tensor; 4], String> {
+    let read = |name| {
+        let tensor = from_array_on(device, tensor(inputs, name)?);
+        tensor.map_err(|error| error.to_string())
+    };
     let [ids, positions, labels, cotangent] = BESIDE.map(read);
     Ok([ids?, positions?, labels?, cotangent?])
 }

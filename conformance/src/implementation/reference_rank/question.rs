@@ -7,8 +7,9 @@ use ulysses::{
     SequenceLength, Sharding,
 };
 
+use super::super::Means;
 use super::strides;
-use crate::tensor::from_array;
+use crate::tensor::from_array_on;
 
 /// Added to the mean square of a head before it is normalised.
 const NORM_EPSILON: f64 = 1e-6;
@@ -37,15 +38,18 @@ pub(crate) struct Brought {
 }
 
 impl Question {
-    /// Reads what a rank is told. An error is what the reference would have
+    /// Reads what a rank is told, onto a device. An error is what the reference would have
     /// said of it, or what is wrong with the exchange.
     pub(crate) fn read(
         told: &CaseInfo,
         case: &AttentionInfo,
         inputs: &Tensors,
-        kernel: Kernel,
+        means: Means,
     ) -> Result<Question, String> {
-        let input = |name| from_array(tensor(inputs, name)?).map_err(|error| error.to_string());
+        let input = |name| {
+            let tensor = from_array_on(means.device, tensor(inputs, name)?);
+            tensor.map_err(|error| error.to_string())
+        };
         let mut leaves = Vec::new();
         let [q, k, v] = ["q", "k", "v"].map(input);
         let [q, k, v] = strides::lay_out(&case.strides, [q?, k?, v?])?;
@@ -78,7 +82,7 @@ impl Question {
             Some(other) => return Err(unknown("documents", other, "positions or ends")),
         };
         Ok(Question {
-            options: options(told, case, kernel)?,
+            options: options(told, case, means.kernel)?,
             leaves,
             dout: input("dout")?,
             brought: Brought {

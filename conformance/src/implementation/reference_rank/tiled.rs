@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use fixtures::Array;
 use fixtures::exchange::{Tensors, tensor};
 use fixtures::tiled::TiledInfo;
-use tch::{Kind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 use ulysses::autograd::{HookHandle, on_gradient_ready};
 use ulysses::{
     Communicator, Reduction, SwiGlu, ThreadCommunicator, Tile, TiledCompute,
@@ -14,21 +14,28 @@ use ulysses::{
 };
 
 use super::gradients;
-use crate::tensor::{from_array, kind, to_array};
+use crate::tensor::{from_array_on, kind, to_array};
 
 /// What may have a gradient.
 const INPUTS: [&str; 7] = ["hidden", "scale", "gate", "up", "down", "weight", "head"];
 
-pub(super) fn answer(info: &TiledInfo, inputs: &Tensors) -> Result<Tensors, String> {
+pub(super) fn answer(
+    device: Device,
+    info: &TiledInfo,
+    inputs: &Tensors,
+) -> Result<Tensors, String> {
     let said = |error: TchError| error.to_string();
     let mut brought = Vec::new();
     for name in INPUTS.into_iter().filter(|&name| inputs.contains_key(name)) {
         let is_trained = info.gradients.iter().any(|trained| trained == name);
-        let leaf = from_array(tensor(inputs, name)?).map_err(said)?;
+        let leaf = from_array_on(device, tensor(inputs, name)?).map_err(said)?;
         let leaf = leaf.f_set_requires_grad(is_trained).map_err(said)?;
         brought.push((name, leaf));
     }
-    let labels = inputs.get("labels").map(from_array).transpose();
+    let labels = inputs
+        .get("labels")
+        .map(|labels| from_array_on(device, labels))
+        .transpose();
     let computed = Computed {
         info,
         brought: &brought,
@@ -38,7 +45,7 @@ pub(super) fn answer(info: &TiledInfo, inputs: &Tensors) -> Result<Tensors, Stri
     let signals = signals.map(|name| Signals::of(computed.brought(name)?));
     let signals = signals.collect::<Result<Vec<_>, _>>()?;
     let out = computed.out()?;
-    let dout = from_array(tensor(inputs, "dout")?).map_err(said)?;
+    let dout = from_array_on(device, tensor(inputs, "dout")?).map_err(said)?;
     out.f_mul(&dout)
         .and_then(|products| products.f_sum(out.kind()))
         .and_then(|sum| sum.f_backward())

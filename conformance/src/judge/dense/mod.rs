@@ -1,5 +1,5 @@
-//! What dense SDPA makes of a case in its own element type, on one device,
-//! forward and backward by libtorch.
+//! What dense attention makes of a case in its own element type, by the kernel
+//! and on the device of who is judged, forward and backward by libtorch.
 //!
 //! The judge calls an answer exact that is bit-equal to it. Attention is
 //! independent from head to head, so that there is one right sequence of
@@ -15,9 +15,11 @@ mod preparation;
 use std::ops::Range;
 
 use fixtures::{Array, AttentionCase, Input, Inputs, Mask, sharding};
-use tch::{TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
+use ulysses::Kernel;
 
 use self::preparation::{Prepared, leaf};
+use crate::implementation::Means;
 use crate::oracle::Answer;
 use crate::oracle::rotary;
 use crate::oracle::visibility::{self, Visibility};
@@ -31,17 +33,24 @@ pub(super) fn is_dense_sdpa(case: &AttentionCase) -> bool {
 
 /// Output and gradients, `[batch, tokens, heads, channels]` each, in the case's
 /// element type.
-pub(super) fn attention(case: &AttentionCase, inputs: &Inputs) -> Result<Answer<Array>, TchError> {
-    let by_heads = |array: &Array| tensor::from_array(array)?.f_transpose(1, 2);
+pub(super) fn attention(
+    case: &AttentionCase,
+    inputs: &Inputs,
+    means: Means,
+) -> Result<Answer<Array>, TchError> {
+    let on_device = |array: &Array| tensor::from_array_on(means.device, array);
+    let by_heads = |array: &Array| on_device(array)?.f_transpose(1, 2);
     let angles = rotary::angles(case)?;
+    let angles = angles.map(|angles| angles.f_to_device(means.device));
+    let angles = angles.transpose()?;
     let prepared = |array, norm| {
-        let weight = inputs.get(norm).map(tensor::from_array).transpose()?;
+        let weight = inputs.get(norm).map(on_device).transpose()?;
         Prepared::new(by_heads(array)?, weight.as_ref(), angles.as_ref())
     };
     let queries = prepared(&inputs.q, Input::QueryNorm)?;
     let keys = prepared(&inputs.k, Input::KeyNorm)?;
     let (v, dout) = (by_heads(&inputs.v)?, by_heads(&inputs.dout)?);
-    let sight = Sight::of(case)?;
+    let sight = Sight::of(case, means.device)?;
 
     let (mut out, mut dq, mut dk, mut dv) = (vec![], vec![], vec![], vec![]);
     for kv_head in 0..case.kv_heads {
@@ -55,7 +64,7 @@ pub(super) fn attention(case: &AttentionCase, inputs: &Inputs) -> Result<Answer<
                 .as_ref()
                 .map(|sight| sight.of_heads(&heads))
                 .transpose()?;
-            let answer = sdpa(case, sight.as_ref(), &q, &k, &v)?;
+            let answer = dense(case, means.kernel, sight.as_ref(), [&q, &k, &v])?;
             // The cotangent of the answer is exactly dO: backward of the sum
             // gives ones, and of the product dO times one.
             let products = answer.f_mul(&query_heads(&dout)?)?;
@@ -91,11 +100,12 @@ struct Sight {
 
 impl Sight {
     /// That of a case whose mask is not all that hides a key.
-    fn of(case: &AttentionCase) -> Result<Option<Sight>, TchError> {
+    fn of(case: &AttentionCase, device: Device) -> Result<Option<Sight>, TchError> {
         if visibility::is_plain(case) {
             return Ok(None);
         }
         let seen = Visibility::of(case).of_rows(0, case.sequence)?;
+        let seen = seen.f_to_device(device)?;
         let blind = seen.f_any_dim(-1, true)?.f_logical_not()?;
         let open = seen.f_logical_or(&blind)?;
         Ok(Some(Sight { open, blind }))
@@ -130,20 +140,60 @@ fn narrow(tensor: &Tensor, heads: &Range<usize>) -> Result<Tensor, TchError> {
     tensor.f_narrow(1, heads.start as i64, heads.len() as i64)
 }
 
-fn sdpa(
+fn dense(
     case: &AttentionCase,
+    kernel: Kernel,
     sight: Option<&Sight>,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
+    inputs: [&Tensor; 3],
 ) -> Result<Tensor, TchError> {
-    let grouped = q.size()[1] > 1;
-    let scale = case.extras.scale.map(|_| case.score_scale());
-    let attend = |mask: Option<&Tensor>, causal| {
-        Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale, grouped)
+    let attend = |mask: Option<&Tensor>, causal| match kernel {
+        Kernel::Eager => eager(case, inputs, mask, causal),
+        _ => kernel.alone(|| sdpa(case, inputs, mask, causal)),
     };
     match sight {
         Some(sight) => attend(Some(&sight.open), false)?.f_masked_fill(&sight.blind, 0.0),
         None => attend(None, case.mask == Mask::Causal),
     }
+}
+
+fn sdpa(
+    case: &AttentionCase,
+    [q, k, v]: [&Tensor; 3],
+    mask: Option<&Tensor>,
+    causal: bool,
+) -> Result<Tensor, TchError> {
+    let grouped = q.size()[1] > 1;
+    let scale = case.extras.scale.map(|_| case.score_scale());
+    Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale, grouped)
+}
+
+/// Operation by operation, as transformers' `eager_attention_forward`: each in
+/// the element type, but for the softmax of half types, which is in float32.
+fn eager(
+    case: &AttentionCase,
+    [q, k, v]: [&Tensor; 3],
+    mask: Option<&Tensor>,
+    causal: bool,
+) -> Result<Tensor, TchError> {
+    let kind = q.f_kind()?;
+    let compute = match kind {
+        Kind::Double => Kind::Double,
+        _ => Kind::Float,
+    };
+    let group = |kv: &Tensor| kv.f_expand([-1, q.size()[1], -1, -1], false);
+    let (k, v) = (group(k)?, group(v)?);
+    let scores = q.f_matmul(&k.f_transpose(2, 3)?)?;
+    let mut scores = scores
+        .f_mul_scalar(case.score_scale())?
+        .f_to_kind(compute)?;
+    let sizes = [q.size()[2], k.size()[2]];
+    let past = || Tensor::f_ones(sizes, (Kind::Bool, q.device()))?.f_tril(0);
+    let seen = match mask {
+        Some(mask) => Some(mask.shallow_clone()),
+        None => causal.then(past).transpose()?,
+    };
+    if let Some(seen) = seen {
+        scores = scores.f_masked_fill(&seen.f_logical_not()?, f64::NEG_INFINITY)?;
+    }
+    scores.f_softmax(-1, None)?.f_to_kind(kind)?.f_matmul(&v)
 }

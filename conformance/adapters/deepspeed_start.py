@@ -1,18 +1,18 @@
-"""Starts DeepSpeed on a CPU with gloo, for its adapters. Import it before deepspeed."""
+"""Starts DeepSpeed on the session's device, with gloo, for its adapters. Import it before deepspeed."""
 
 import functools
 import importlib
 import os
 
+import ulysses_kit
+
 # Without it, DeepSpeed takes the accelerator it finds, and the ranks would not run on the session's device.
-os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["DS_ACCELERATOR"] = ulysses_kit.session_device().type
 
 import deepspeed
 import torch
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.utils import groups
-
-import ulysses_kit
 
 # The backend compiles a shared-memory collective in C++ at its start. It wants a compiler, takes a minute, and
 # serves all-reduce alone, which sequence-parallel attention does not use. (The attribute deepspeed.comm.torch is
@@ -22,8 +22,7 @@ importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 def setup(rank: ulysses_kit.Rank) -> torch.distributed.ProcessGroup:
     """Joins the ranks; returns the sequence-parallel group, made by DeepSpeed's own `parallel_state_sp`."""
-    if rank.device.type != "cpu":
-        raise ValueError(f"this adapter runs on a CPU, the session wants {rank.device}")
+    torch.set_default_device(rank.device)  # what the adapters make themselves
     deepspeed.init_distributed(
         "gloo", auto_mpi_discovery=False, init_method=rank.init_method, rank=rank.rank, world_size=rank.world
     )
