@@ -15,6 +15,7 @@
 #include <c10/core/Storage.h>
 #include <sys/mman.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
