@@ -45,7 +45,7 @@ pub(super) struct Pool {
     host: String,
     /// Whether the ranks are known to be waiting for the next case.
     is_idle: bool,
-    /// How much each log held when the case was posed.
+    /// How much each log held when the ranks became idle.
     logged: BTreeMap<PathBuf, u64>,
     /// Removed, with all that is in it, when the pool is dropped.
     folder: TempDir,
@@ -94,10 +94,12 @@ impl Pool {
             }
         });
         let missing = pool.with_progress((0..world).filter(|&rank| pool.hellos[rank].is_none()));
+        let has_died = matches!(&waited, Waited::Died(dead) if !dead.is_empty());
         let (failure, sentence): (fn(Collapse) -> Failure, String) = match waited {
             Waited::Done => match pool.unfit_hello() {
                 None => {
                     pool.is_idle = true;
+                    pool.mark_logs();
                     return Ok(pool);
                 }
                 Some(reason) => (Failure::Crashed, reason),
@@ -119,7 +121,8 @@ impl Pool {
             ),
             Waited::Interrupted => return Err((Failure::Interrupted, Vec::new())),
         };
-        let collapse = pool.collapse(sentence, 0..world);
+        let mut collapse = pool.collapse(sentence, 0..world);
+        collapse.is_of_ranks &= has_died;
         Err((failure(collapse), pool.written()))
     }
 
@@ -231,13 +234,6 @@ impl Pool {
         let number = self.next_number;
         self.next_number += 1;
         self.is_idle = false;
-        self.logged = self
-            .logs(0..self.world)
-            .map(|(_, _, path)| (path, 0))
-            .collect();
-        for (path, length) in &mut self.logged {
-            *length = fs::metadata(path).map_or(0, |file| file.len());
-        }
         for (info, _) in &mut posed {
             info.number = number;
         }
@@ -267,6 +263,7 @@ impl Pool {
         match waited {
             Waited::Done => match self.session.forget(number) {
                 Ok(()) => {
+                    self.mark_logs();
                     // Ranks that raised an error may have left a collective
                     // half done, and the next case would pay for it. What is
                     // unsupported is said before any.
@@ -401,38 +398,74 @@ impl Pool {
     /// wrote. What the others wrote while they were ended would only hide it.
     fn collapse(
         &mut self,
-        sentence: String,
+        mut sentence: String,
         suspects: impl IntoIterator<Item = usize>,
     ) -> Collapse {
         self.is_idle = false;
         processes::end_all(self.folder.path());
-        let logs = self
+        let hosts = self.hellos.iter().flatten();
+        let spread = collapse::spread(hosts.map(|hello| (hello.rank, &*hello.host)));
+        let hint = spread.as_ref().map(|spread| {
+            sentence = format!("{sentence}; {spread}");
+            format!(
+                "a host, or the network between them, may be why: from {} it is not seen what \
+                 ends on another host",
+                self.host
+            )
+        });
+        let lines = |who: &str, stream, log: &[u8]| {
+            let lines = abridged(log).into_iter();
+            lines
+                .map(|line| format!("{who} {stream}: {line}"))
+                .collect::<Vec<_>>()
+        };
+        let mut logs: Vec<String> = self
             .logs(suspects)
-            .flat_map(|(who, stream, path)| {
-                let lines = abridged(&self.since_posed(&path));
-                lines
-                    .into_iter()
-                    .map(move |line| format!("{who} {stream}: {line}"))
-            })
+            .flat_map(|(who, stream, path)| lines(&who, stream, &self.since_idle(&path)))
             .collect();
-        Collapse { sentence, logs }
+        if logs.is_empty() {
+            // A launcher may lose a host while a case is still answered.
+            logs = self
+                .logs([])
+                .flat_map(|(who, stream, path)| {
+                    lines(&who, stream, &fs::read(path).unwrap_or_default())
+                })
+                .collect();
+        }
+        Collapse {
+            sentence,
+            is_of_ranks: hint.is_none(),
+            logs: hint.into_iter().chain(logs).collect(),
+        }
     }
 
-    /// What all ranks and the launcher have written since the last case was
-    /// posed, of those that wrote anything.
+    /// What is in the logs now was written before the next case. Done when ranks
+    /// become idle, so that what ended them while they were counts for that case.
+    fn mark_logs(&mut self) {
+        self.logged = self
+            .logs(0..self.world)
+            .map(|(_, _, path)| {
+                let length = fs::metadata(&path).map_or(0, |file| file.len());
+                (path, length)
+            })
+            .collect();
+    }
+
+    /// What all ranks and the launcher have written since they were idle, of
+    /// those that wrote anything.
     pub(super) fn written(&self) -> Vec<Log> {
         self.logs(0..self.world)
             .map(|(who, stream, path)| Log {
                 who,
                 stream,
-                bytes: self.since_posed(&path),
+                bytes: self.since_idle(&path),
             })
             .filter(|log| !log.bytes.is_empty())
             .collect()
     }
 
-    /// What was written to a log since the last case was posed.
-    fn since_posed(&self, path: &Path) -> Vec<u8> {
+    /// What was written to a log since the ranks were idle.
+    fn since_idle(&self, path: &Path) -> Vec<u8> {
         let already = self.logged.get(path).copied().unwrap_or_default();
         let mut bytes = fs::read(path).unwrap_or_default();
         bytes.drain(..bytes.len().min(already as usize));
