@@ -1,14 +1,16 @@
 """The bundled reference over MPI on two hosts, and what the judge tells when one of them is lost.
 
-`make hosts-check` runs this. It is not part of `make test`: it makes network namespaces, which takes root (or
-CAP_SYS_ADMIN and CAP_NET_ADMIN) and iproute2. Nothing of this machine's own network is touched, and all that it makes
-ends with it. Each scenario asserts what it prints. Exit codes: 0 all holds, 1 something does not, 5 it cannot run here.
+`make hosts-check` runs this. It is not part of `make test`: it makes network namespaces, which takes iproute2 and root
+(CAP_SYS_ADMIN and CAP_NET_ADMIN, which `unshare --map-root-user --net` gives to anybody where that is allowed). Nothing
+of this machine's own network is touched, and all that it makes ends with it. Each scenario asserts what it prints. Exit
+codes: 0 all holds, 1 something does not, 5 it cannot run here.
 
 Two hosts are namespaces with a link between them (two_hosts.py); Open MPI starts its daemon on the other one over TCP,
 as it would over ssh (remote_shell.py). They share a file system, and so the folder of the exchange.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -55,7 +57,7 @@ class Run:
         self.process = subprocess.Popen(check.a.words(*words), env=check.environment, text=True,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         # A run that does not end by itself is ended, and fails.
-        self._last_resort = threading.Timer(900, self.process.kill)
+        self._last_resort = threading.Timer(1800, self.process.kill)
         self._last_resort.daemon = True
         self._last_resort.start()
 
@@ -84,12 +86,10 @@ class Run:
         return self
 
     def _read_hellos(self) -> None:
-        for hello in self.check.exchange.glob("*/hello/rank-*.json"):
-            try:
+        with contextlib.suppress(FileNotFoundError):  # of a session that has just ended
+            for hello in self.check.exchange.glob("*/hello/rank-*.json"):
                 said = json.loads(hello.read_text())
-            except FileNotFoundError:
-                continue  # of a session that has just ended
-            self.rank_hosts[said["rank"]] = said["host"]
+                self.rank_hosts[said["rank"]] = said["host"]
 
     def show(self) -> None:
         for told in self.told:
@@ -188,15 +188,23 @@ class Check:
         self.expect_nothing_left(30)
 
     def daemon_killed(self) -> None:
+        """What ranks on the other host are given is looked at first: a variable of a user's, too."""
+        given = []
+
         def kill(_: Run) -> None:
             for pid, line in self.b.processes().items():
+                if "/reference-adapter " in line:
+                    given.append(Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0"))
                 if line.startswith("orted "):
                     os.kill(pid, 9)
 
+        self.environment |= {"OMPI_MCA_mca_base_env_list": "HOSTS_CHECK", "HOSTS_CHECK": "a user's"}
         run = self.run(*FEW, time_limit=30).watch({3: kill})
         run.show()
         print(run.failures())
         lost = [told for told in run.told if told.verdict == "crash"]
+        expect(len(given) == 2 and all({"HOSTS_CHECK=a user's", "OMP_NUM_THREADS=1"} < set(one) for one in given),
+               "ranks on ulysses-b have the variables of mca_base_env_list")
         expect(run.code == 1 and len(lost) == 1, "one case crashes, and the run ends with exit code 1")
         expect("; ranks 0, 2 are on ulysses-a, ranks 1, 3 on ulysses-b" in lost[0].why, "it is told which ranks were where")
         expect("ORTE has lost communication with a remote daemon" in run.failures(), "mpirun's words are told")

@@ -31,7 +31,7 @@ def what_is_missing() -> str | None:
     tried = subprocess.run(["unshare", *NAMESPACES, "--fork", "ip", "link", "set", "lo", "up"],
                            capture_output=True, text=True)
     if tried.returncode != 0:
-        return ("namespaces cannot be made, which takes root or CAP_SYS_ADMIN and CAP_NET_ADMIN: "
+        return ("namespaces cannot be made, which takes root (or `unshare --map-root-user --net` before the command): "
                 + (tried.stderr.strip().splitlines() or ["no reason was given"])[-1])
     return None
 
@@ -128,6 +128,16 @@ class TwoHosts:
             host.run("ip", "address", "add", f"{address}/{network.prefixlen}", "dev", LINK)
             host.run("ip", "link", "set", LINK, "up")
         self.network = str(network)
+        self._wait_for_the_remote_shells()
+
+    def _wait_for_the_remote_shells(self) -> None:
+        deadline = time.monotonic() + 20
+        for asker, asked in (self.hosts, self.hosts[::-1]):
+            words = asker.words(sys.executable, str(REMOTE_SHELL), "ask", asked.name, "true")
+            while (tried := subprocess.run(words, capture_output=True, text=True)).returncode != 0:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{asked.name} does not answer: {tried.stderr.strip()}")
+                time.sleep(0.1)
 
     def pull_the_cable(self) -> None:
         """Cuts the link. Nobody is told: what is sent is lost, and connections stay open."""
