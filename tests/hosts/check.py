@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from pathlib import Path
 from two_hosts import LINK, REMOTE_SHELL, Host, TwoHosts, what_is_missing
 
 MACHINE_LACKS = 5
-START_LIMIT = 20
+START_LIMIT = 60
 # Eight cases of one size, so that a case takes a tenth of a second.
 FEW = ["--filter", "attention/p4-b2-s84-"]
 # Its q, k, v, out and their gradients are 2 MiB each. Each host holds half of a tensor and keeps half of that.
@@ -260,6 +261,8 @@ def main() -> int:
     if missing := what_is_missing():
         print(f"hosts-check: cannot run here: {missing}", file=sys.stderr)
         return MACHINE_LACKS
+    for number in (signal.SIGTERM, signal.SIGHUP):  # leaves through what removes folders and hosts
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     with (tempfile.TemporaryDirectory(prefix="hosts-check-") as scratch,
           tempfile.TemporaryDirectory(prefix="hosts-check-", dir="/dev/shm") as exchange):
         try:

@@ -149,11 +149,11 @@ impl External {
 
     /// Ranks that wait for a case: those of before, or fresh ones.
     fn pool(&mut self, world: usize) -> Result<&mut Pool, Failure> {
-        if let Some(unstartable) = self.unstartable.get_mut(&world) {
-            if unstartable.pause != Some(unstartable.told) {
-                unstartable.told += 1;
-                return Err(not_tried(&unstartable.failure));
-            }
+        if let Some(unstartable) = self.unstartable.get_mut(&world)
+            && unstartable.pause != Some(unstartable.told)
+        {
+            unstartable.told += 1;
+            return Err(not_tried(&unstartable.failure));
         }
         let old = self.pool.take();
         let pool = match old.filter(|pool| pool.world() == world && pool.is_idle()) {

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
+use std::mem;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -45,8 +46,11 @@ pub(super) struct Pool {
     host: String,
     /// Whether the ranks are known to be waiting for the next case.
     is_idle: bool,
-    /// How much each log held when the ranks became idle.
+    /// How much each log held before the case.
     logged: BTreeMap<PathBuf, u64>,
+    /// How much each held when the ranks became idle: what ended them while they
+    /// were counts for the next case.
+    at_rest: BTreeMap<PathBuf, u64>,
     /// Removed, with all that is in it, when the pool is dropped.
     folder: TempDir,
 }
@@ -99,7 +103,7 @@ impl Pool {
             Waited::Done => match pool.unfit_hello() {
                 None => {
                     pool.is_idle = true;
-                    pool.mark_logs();
+                    pool.at_rest = pool.log_lengths();
                     return Ok(pool);
                 }
                 Some(reason) => (Failure::Crashed, reason),
@@ -171,6 +175,7 @@ impl Pool {
             host,
             is_idle: false,
             logged: BTreeMap::new(),
+            at_rest: BTreeMap::new(),
             folder,
         })
     }
@@ -234,6 +239,7 @@ impl Pool {
         let number = self.next_number;
         self.next_number += 1;
         self.is_idle = false;
+        self.logged = mem::take(&mut self.at_rest);
         for (info, _) in &mut posed {
             info.number = number;
         }
@@ -263,7 +269,7 @@ impl Pool {
         match waited {
             Waited::Done => match self.session.forget(number) {
                 Ok(()) => {
-                    self.mark_logs();
+                    self.at_rest = self.log_lengths();
                     // Ranks that raised an error may have left a collective
                     // half done, and the next case would pay for it. What is
                     // unsupported is said before any.
@@ -413,24 +419,10 @@ impl Pool {
                 self.host
             )
         });
-        let lines = |who: &str, stream, log: &[u8]| {
-            let lines = abridged(log).into_iter();
-            lines
-                .map(|line| format!("{who} {stream}: {line}"))
-                .collect::<Vec<_>>()
-        };
-        let mut logs: Vec<String> = self
-            .logs(suspects)
-            .flat_map(|(who, stream, path)| lines(&who, stream, &self.since_idle(&path)))
-            .collect();
+        let mut logs = self.log_lines(suspects, |path| self.since_idle(path));
         if logs.is_empty() {
-            // A launcher may lose a host while a case is still answered.
-            logs = self
-                .logs([])
-                .flat_map(|(who, stream, path)| {
-                    lines(&who, stream, &fs::read(path).unwrap_or_default())
-                })
-                .collect();
+            // A launcher may lose a host while the case before is answered.
+            logs = self.log_lines([], |path| fs::read(path).unwrap_or_default());
         }
         Collapse {
             sentence,
@@ -439,20 +431,31 @@ impl Pool {
         }
     }
 
-    /// What is in the logs now was written before the next case. Done when ranks
-    /// become idle, so that what ended them while they were counts for that case.
-    fn mark_logs(&mut self) {
-        self.logged = self
-            .logs(0..self.world)
+    /// What `read` finds in the logs of `ranks` and launcher, a line each.
+    fn log_lines(
+        &self,
+        ranks: impl IntoIterator<Item = usize>,
+        read: impl Fn(&Path) -> Vec<u8>,
+    ) -> Vec<String> {
+        self.logs(ranks)
+            .flat_map(|(who, stream, path)| {
+                let lines = abridged(&read(&path)).into_iter();
+                lines.map(move |line| format!("{who} {stream}: {line}"))
+            })
+            .collect()
+    }
+
+    fn log_lengths(&self) -> BTreeMap<PathBuf, u64> {
+        self.logs(0..self.world)
             .map(|(_, _, path)| {
                 let length = fs::metadata(&path).map_or(0, |file| file.len());
                 (path, length)
             })
-            .collect();
+            .collect()
     }
 
-    /// What all ranks and the launcher have written since they were idle, of
-    /// those that wrote anything.
+    /// What all ranks and the launcher have written for the last case, of those
+    /// that wrote anything.
     pub(super) fn written(&self) -> Vec<Log> {
         self.logs(0..self.world)
             .map(|(who, stream, path)| Log {
@@ -464,7 +467,7 @@ impl Pool {
             .collect()
     }
 
-    /// What was written to a log since the ranks were idle.
+    /// What was written to a log since the case before was answered.
     fn since_idle(&self, path: &Path) -> Vec<u8> {
         let already = self.logged.get(path).copied().unwrap_or_default();
         let mut bytes = fs::read(path).unwrap_or_default();
