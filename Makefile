@@ -8,12 +8,12 @@ SHELL := bash
 # What `make demo` judges; any arguments of `ulysses-conformance run` will do.
 ARGS ?= --implementation reference --implementation deepspeed-ulysses-hf
 
-.PHONY: help setup build demo test lint
+.PHONY: help setup build demo test lint hosts-check
 
 help: ## Show this
 	@echo "usage: make TARGET"
 	@echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo
 	@echo "  make demo ARGS='--implementation reference'  judges only what you name"
 	@echo
@@ -47,3 +47,7 @@ lint: setup ## Check the formatting, clippy's warnings and the documentation's
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+# Not part of `make test`: it makes network namespaces, as root.
+hosts-check: build ## Judge the reference over MPI on two hosts, and cut one off (root, iproute2)
+	.venv/bin/python tests/hosts/check.py --programs "$${CARGO_TARGET_DIR:-target}/debug"
