@@ -10,6 +10,7 @@ use ulysses::Kernel;
 use super::{
     Conditions, External, Implementation, Interrupt, Launch, LaunchError, ReferenceOnThreads,
     kernel_name,
+    nccl::{nccl_device, nccl_serves},
 };
 
 /// An implementation that comes with the harness.
@@ -19,6 +20,8 @@ pub enum Bundled {
     Reference,
     /// The bundled reference under mpirun, behind the exchange
     ReferenceMpi,
+    /// The same, its ranks on GPUs of their own that exchange over NCCL
+    ReferenceNccl,
     /// A Ulysses of some sixty lines in plain PyTorch over gloo, the example
     /// for implementers
     TorchPlain,
@@ -68,7 +71,11 @@ impl Bundled {
     ) -> Result<Box<dyn Implementation>, String> {
         let launch = match self {
             Bundled::Reference => return Ok(Box::new(ReferenceOnThreads::new(kernel))),
-            Bundled::ReferenceMpi => mpi_launch(kernel)?,
+            Bundled::ReferenceMpi => mpi_launch(kernel, "mpi")?,
+            Bundled::ReferenceNccl => {
+                nccl_serves(nccl_device()?)?;
+                mpi_launch(kernel, "nccl")?
+            }
             Bundled::TorchPlain => python_launch("torch_plain.py")?,
             Bundled::TorchPlainLlama => python_launch("torch_plain_llama.py")?,
             Bundled::DeepspeedDistributedAttention => {
@@ -103,7 +110,7 @@ fn python_launch(adapter: &str) -> Result<Launch, String> {
         .map_err(|error| format!("{error}: run `make setup`, or set ULYSSES_PYTHON"))
 }
 
-fn mpi_launch(kernel: Kernel) -> Result<Launch, String> {
+fn mpi_launch(kernel: Kernel, communicator: &str) -> Result<Launch, String> {
     let adapter = env::current_exe()
         .map_err(|error| error.to_string())?
         .with_file_name("reference-adapter");
@@ -122,7 +129,8 @@ fn mpi_launch(kernel: Kernel) -> Result<Launch, String> {
                  --mca btl_sm_backing_directory {exchange} \
                  --mca orte_tmpdir_base {exchange} -n {world}"
         .split(' ')
-        .chain([&*adapter, "--kernel", kernel_name(kernel)]);
+        .chain([&*adapter, "--kernel", kernel_name(kernel)])
+        .chain(["--communicator", communicator]);
     let launch = Launch::new(words.map(str::to_owned).collect())
         .map_err(|error| format!("{error}: run `make setup`, or put an MPI on the PATH"))?;
     Ok(one_thread(launch)

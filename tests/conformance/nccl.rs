@@ -1,0 +1,60 @@
+//! The reference over NCCL, behind the exchange: a stand-in for NCCL's library
+//! answers here, and moves memory of the host.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
+
+#[path = "../reference/double.rs"]
+mod double;
+mod program;
+
+use program::{Run, program};
+
+fn judged(library: Option<&str>, arguments: &str) -> Run {
+    let mut program = program();
+    match library {
+        Some(library) => program.env("ULYSSES_NCCL", library),
+        None => program.env_remove("ULYSSES_NCCL"),
+    };
+    let arguments = arguments.split_whitespace();
+    let output = program
+        .args(["run", "--implementation", "reference-nccl"])
+        .args(arguments)
+        // A GPU would be chosen, where there is one.
+        .env("CUDA_VISIBLE_DEVICES", "")
+        .output();
+    output.unwrap().into()
+}
+
+/// Every profile, and worlds of one to four ranks.
+#[test]
+fn the_reference_over_nccl_is_right() {
+    let folder = tempfile::tempdir().unwrap();
+    let double = double::compile(folder.path(), &[]);
+    let run = judged(Some(&double), "--random 24 --seed 7");
+    assert_eq!(run.code, 0, "{}{}", run.stdout, run.stderr);
+    let right = run.named("exact").len() + run.named("pass").len();
+    assert!(right >= 12, "{}", run.stderr);
+    let run = judged(Some(&double), "--world 2 --filter mesh/");
+    assert_eq!(run.code, 0, "{}{}", run.stdout, run.stderr);
+    assert!(!run.named("exact").is_empty(), "{}", run.stderr);
+}
+
+/// One sentence, and nothing is started.
+#[test]
+fn without_nccl_it_is_the_environments_fault() {
+    let run = judged(Some("/nowhere/libnccl.so.2"), "--world 2");
+    assert_eq!(run.code, 5);
+    assert_eq!((run.stdout.as_str(), run.stderr.lines().count()), ("", 1));
+    let due = "error: NCCL is not there: ULYSSES_NCCL is /nowhere/libnccl.so.2";
+    assert!(run.stderr.starts_with(due), "{}", run.stderr);
+}
+
+/// An NCCL and no GPU: it would not do what it is asked.
+#[test]
+fn without_a_gpu_it_is_the_environments_fault() {
+    let folder = tempfile::tempdir().unwrap();
+    let real = double::compile(folder.path(), &["-Dulysses_nccl_takes_host_memory=silent"]);
+    let run = judged(Some(&real), "--world 2");
+    assert_eq!(run.code, 5);
+    let due = "error: NCCL moves memory of GPUs: choose the device `cuda`";
+    assert!(run.stderr.starts_with(due), "{}", run.stderr);
+}
