@@ -81,11 +81,7 @@ impl Library {
     fn load() -> Result<Library, String> {
         let chosen = env::var_os(LIBRARY_VARIABLE).filter(|path| !path.is_empty());
         let loaded = open(chosen.as_deref())?;
-        let library = Library::of(&loaded).map_err(|error| {
-            format!(
-                "{error}; NCCL 2.18 or later is due: update it, or name one in {LIBRARY_VARIABLE}"
-            )
-        })?;
+        let library = Library::of(&loaded)?;
         // Its functions are used until the end.
         mem::forget(loaded);
         let mut version = 0;
@@ -100,12 +96,18 @@ impl Library {
         Ok(library)
     }
 
-    fn of(loaded: &Loaded) -> Result<Library, libloading::Error> {
+    fn of(loaded: &Loaded) -> Result<Library, String> {
         /// # Safety
         /// `F` is the type of the function of that name.
-        unsafe fn function<F: Copy>(loaded: &Loaded, name: &str) -> Result<F, libloading::Error> {
+        unsafe fn function<F: Copy>(loaded: &Loaded, name: &str) -> Result<F, String> {
             // SAFETY: by the caller.
-            unsafe { loaded.get::<F>(name) }.map(|symbol| *symbol)
+            match unsafe { loaded.get::<F>(name) } {
+                Ok(symbol) => Ok(*symbol),
+                Err(_) => Err(format!(
+                    "what is loaded as NCCL has no function {name}, and 2.18 or later is due: \
+                     update it, or name one in {LIBRARY_VARIABLE}"
+                )),
+            }
         }
         // SAFETY: the types of the fields are those of `nccl.h`, which has kept
         // them since 2.18; an enumeration of C is an unsigned int there.

@@ -57,6 +57,9 @@ pub(super) fn roll_call(
 }
 
 /// What does not fit in what all ranks tell, what concerns rank `own` first.
+///
+/// It is in the earliest collective that anybody is in: who is in a later one
+/// was done with it and waits for the others.
 fn misfit(own: usize, operation: &'static str, accounts: &[Account]) -> Option<CommunicatorError> {
     let mismatch = |rank, problem| CommunicatorError::Mismatch {
         operation,
@@ -64,31 +67,29 @@ fn misfit(own: usize, operation: &'static str, accounts: &[Account]) -> Option<C
         problem,
     };
     let (mine, ranks) = (accounts.get(own)?, accounts.iter().enumerate());
-    let place = |account: &Account| (account.number, account.operation.clone());
-    let elsewhere = ranks.clone().find(|(_, other)| place(other) != place(mine));
-    if let Some((
-        rank,
-        Account {
-            number, operation, ..
-        },
-    )) = elsewhere
-    {
-        let problem = format!(
-            "is in its collective #{number} ({operation}), and rank {own} in #{} ({})",
-            mine.number, mine.operation
-        );
-        return Some(mismatch(rank, problem));
-    }
+    let earliest = accounts.iter().map(|account| account.number).min()?;
+    let is_there = move |account: &Account| account.number == earliest;
+    let mut there = ranks.clone().filter(|&(_, account)| is_there(account));
     let pairs = ranks.flat_map(|(receiver, account)| {
         let due = account.due.iter().enumerate();
-        due.map(move |(sender, due)| (receiver, sender, *due))
+        due.map(move |(sender, due)| (receiver, account, sender, *due))
     });
-    let mut unequal = pairs.filter_map(|(receiver, sender, due)| {
-        let sent = *accounts.get(sender)?.sent.get(receiver)?;
-        (sent != due).then_some((receiver, sender, sent, due))
+    let mut unequal = pairs.filter_map(|(receiver, account, sender, due)| {
+        let other = accounts.get(sender)?;
+        let sent = *other.sent.get(receiver)?;
+        let compared = is_there(account) && is_there(other) && account.operation == other.operation;
+        (compared && sent != due).then_some((receiver, sender, sent, due))
     });
     let first = unequal.clone().find(|&(receiver, ..)| receiver == own);
-    let (receiver, sender, sent, due) = first.or_else(|| unequal.next())?;
-    let problem = format!("sent rank {receiver} {sent} bytes where {due} were due");
-    Some(mismatch(sender, problem))
+    if let Some((receiver, sender, sent, due)) = first.or_else(|| unequal.next()) {
+        let problem = format!("sent rank {receiver} {sent} bytes where {due} were due");
+        return Some(mismatch(sender, problem));
+    }
+    let place = |account: &Account| (account.number, account.operation.clone());
+    let (rank, other) = there.find(|&(_, other)| place(other) != place(mine))?;
+    let problem = format!(
+        "is in its collective #{} ({}), and rank {own} in #{} ({})",
+        other.number, other.operation, mine.number, mine.operation
+    );
+    Some(mismatch(rank, problem))
 }
