@@ -24,18 +24,21 @@ fn judged(library: Option<&str>, arguments: &str) -> Run {
     output.unwrap().into()
 }
 
-/// Every profile, and worlds of one to four ranks.
 #[test]
 fn the_reference_over_nccl_is_right() {
     let folder = tempfile::tempdir().unwrap();
     let double = double::compile(folder.path(), &[]);
-    let run = judged(Some(&double), "--random 24 --seed 7");
-    assert_eq!(run.code, 0, "{}{}", run.stdout, run.stderr);
-    let right = run.named("exact").len() + run.named("pass").len();
-    assert!(right >= 12, "{}", run.stderr);
-    let run = judged(Some(&double), "--world 2 --filter mesh/");
-    assert_eq!(run.code, 0, "{}{}", run.stdout, run.stderr);
-    assert!(!run.named("exact").is_empty(), "{}", run.stderr);
+    let some = [
+        "--world 3 --filter attention/ --filter docs",
+        "--world 4 --filter mesh/",
+        "--world 2 --filter loss/",
+    ];
+    for these in some {
+        let run = judged(Some(&double), these);
+        assert_eq!(run.code, 0, "{}{}", run.stdout, run.stderr);
+        let right = run.named("exact").len() + run.named("pass").len();
+        assert!(right >= 6, "{}", run.stderr);
+    }
 }
 
 /// One sentence, and nothing is started.

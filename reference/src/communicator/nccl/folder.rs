@@ -67,6 +67,16 @@ impl FolderRendezvous {
             place: folder.join(name),
             gathers: AtomicU64::new(0),
         };
+        // The others have waited for these, and could not come any further.
+        let silent = |otherwise: Vec<usize>| {
+            let silent = (0..size).filter(|&rank| !hello(rank).exists());
+            let silent: Vec<usize> = silent.collect();
+            CommunicatorError::TimedOut {
+                operation: MEETING,
+                missing: if silent.is_empty() { otherwise } else { silent },
+                limit,
+            }
+        };
         let joined = match rank {
             0 => {
                 let name = format!("nccl-{}", made_up());
@@ -74,7 +84,7 @@ impl FolderRendezvous {
                 let place = &joined.place;
                 fs::create_dir(place).map_err(unusable(MEETING, place))?;
                 let mut written = Vec::new();
-                joined.meet(MEETING, &[], limit, || {
+                let met = joined.meet(MEETING, &[], limit, || {
                     // A word of an earlier use may still give way to a new one.
                     let hellos: Option<Vec<String>> = (0..size).map(|r| read(&hello(r))).collect();
                     match hellos {
@@ -85,6 +95,10 @@ impl FolderRendezvous {
                         }
                         _ => Ok(()),
                     }
+                });
+                met.map_err(|error| match error {
+                    CommunicatorError::TimedOut { missing, .. } => silent(missing),
+                    error => error,
                 })?;
                 // Every rank has read it.
                 let _ = fs::remove_file(&roster);
@@ -97,16 +111,8 @@ impl FolderRendezvous {
                     let name = lines.next()?.to_owned();
                     (lines.nth(rank) == Some(&own)).then_some(Ok(name))
                 });
-                let name = name.unwrap_or_else(|| {
-                    let silent = (0..size).filter(|&rank| !hello(rank).exists());
-                    let missing: Vec<usize> = silent.collect();
-                    Err(CommunicatorError::TimedOut {
-                        operation: MEETING,
-                        // Rank 0 did not look at what all have said.
-                        missing: if missing.is_empty() { vec![0] } else { missing },
-                        limit,
-                    })
-                })?;
+                // Rank 0 did not look at what all have said.
+                let name = name.unwrap_or_else(|| Err(silent(vec![0])))?;
                 let joined = end(&name);
                 joined.meet(MEETING, &[], limit, || Ok(()))?;
                 joined
