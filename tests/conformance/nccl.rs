@@ -8,16 +8,14 @@ mod program;
 
 use program::{Run, program};
 
-fn judged(library: Option<&str>, arguments: &str) -> Run {
-    let mut program = program();
-    match library {
-        Some(library) => program.env("ULYSSES_NCCL", library),
-        None => program.env_remove("ULYSSES_NCCL"),
-    };
-    let arguments = arguments.split_whitespace();
-    let output = program
+fn judged(library: &str, arguments: &str) -> Run {
+    // What the stand-in keeps in files; ranks that are killed leave it behind.
+    let files = tempfile::tempdir().unwrap();
+    let output = program()
         .args(["run", "--implementation", "reference-nccl"])
-        .args(arguments)
+        .args(arguments.split_whitespace())
+        .env("ULYSSES_NCCL", library)
+        .env("TMPDIR", files.path())
         // A GPU would be chosen, where there is one.
         .env("CUDA_VISIBLE_DEVICES", "")
         .output();
@@ -34,7 +32,7 @@ fn the_reference_over_nccl_is_right() {
         "--world 2 --filter loss/",
     ];
     for these in some {
-        let run = judged(Some(&double), these);
+        let run = judged(&double, these);
         assert_eq!(run.code, 0, "{}{}", run.stdout, run.stderr);
         let right = run.named("exact").len() + run.named("pass").len();
         assert!(right >= 6, "{}", run.stderr);
@@ -44,7 +42,7 @@ fn the_reference_over_nccl_is_right() {
 /// One sentence, and nothing is started.
 #[test]
 fn without_nccl_it_is_the_environments_fault() {
-    let run = judged(Some("/nowhere/libnccl.so.2"), "--world 2");
+    let run = judged("/nowhere/libnccl.so.2", "--world 2");
     assert_eq!(run.code, 5);
     assert_eq!((run.stdout.as_str(), run.stderr.lines().count()), ("", 1));
     let due = "error: NCCL is not there: ULYSSES_NCCL is /nowhere/libnccl.so.2";
@@ -56,7 +54,7 @@ fn without_nccl_it_is_the_environments_fault() {
 fn without_a_gpu_it_is_the_environments_fault() {
     let folder = tempfile::tempdir().unwrap();
     let real = double::compile(folder.path(), &["-Dulysses_nccl_takes_host_memory=silent"]);
-    let run = judged(Some(&real), "--world 2");
+    let run = judged(&real, "--world 2");
     assert_eq!(run.code, 5);
     let due = "error: NCCL moves memory of GPUs: choose the device `cuda`";
     assert!(run.stderr.starts_with(due), "{}", run.stderr);
