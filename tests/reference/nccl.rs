@@ -582,6 +582,7 @@ fn a_library_that_is_not_there_is_refused_with_a_remedy() {
         "/nowhere/libnccl.so.2",
         &[
             "NCCL is not there: ULYSSES_NCCL is /nowhere/libnccl.so.2",
+            "cannot open shared object file",
             "give the path of a libnccl.so.2",
         ],
     );
@@ -594,7 +595,7 @@ fn a_library_that_is_not_there_is_refused_with_a_remedy() {
     refusal(name, &old, &["is of version 21700", "update it"]);
     // A machine may have one where the loader looks.
     let found = "Ok(())";
-    let why = "libnccl.so.2 and libnccl.so do not load";
+    let why = "neither libnccl.so.2 nor libnccl.so loads (libnccl.so.2: cannot open shared";
     let output = sentence(name, None);
     assert!(
         [found, why].iter().any(|due| output.contains(due)),

@@ -344,7 +344,7 @@ impl Communicator for NcclCommunicator {
         let all = rooms
             .f_to_device(Device::Cpu)
             .and_then(|rooms| rooms.f_view([-1]))
-            .and_then(|rooms| Vec::<i64>::try_from(rooms))
+            .and_then(Vec::<i64>::try_from)
             .map_err(&libtorch)?;
         match words.len() {
             0 => Ok(vec![Vec::new(); size]),

@@ -24,7 +24,7 @@ use std::{
     hash::{BuildHasher, Hasher},
     io::{self, ErrorKind},
     path::{Path, PathBuf},
-    process,
+    process, slice,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -89,7 +89,7 @@ impl FolderRendezvous {
                     let hellos: Option<Vec<String>> = (0..size).map(|r| read(&hello(r))).collect();
                     match hellos {
                         Some(hellos) if hellos != written => {
-                            let lines = [&[name.clone()], &hellos[..]].concat().join("\n");
+                            let lines = [slice::from_ref(&name), &hellos].concat().join("\n");
                             written = hellos;
                             write(MEETING, &roster, lines.as_bytes())
                         }

@@ -13,6 +13,7 @@ use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclConfig_t, ncclUniqueId};
 use libloading::os::unix::{Library as Loaded, RTLD_LOCAL, RTLD_NOW};
 use std::{
     env,
+    error::Error,
     ffi::{CStr, OsStr, OsString, c_char, c_int, c_uint, c_void},
     mem,
     sync::OnceLock,
@@ -181,9 +182,9 @@ fn open(chosen: Option<&OsStr>) -> Result<Loaded, String> {
             failures => failures.into_iter().filter_map(Result::err).collect(),
         };
         return Err(format!(
-            "NCCL is not there: {} do not load ({}); install it (`pip install nvidia-nccl-cu13`) \
+            "NCCL is not there: neither {} loads ({}); install it (`pip install nvidia-nccl-cu13`) \
              and give its path in {LIBRARY_VARIABLE}, or use the communicator over MPI",
-            NAMES.join(" and "),
+            NAMES.join(" nor "),
             failures.join("; ")
         ));
     };
@@ -198,6 +199,9 @@ fn open(chosen: Option<&OsStr>) -> Result<Loaded, String> {
 fn load(name: &OsStr, flags: c_int) -> Result<Loaded, String> {
     // SAFETY: what NCCL does when it is loaded is what it does to every program
     // that is linked with it.
-    unsafe { Loaded::open(Some(name), RTLD_NOW | RTLD_LOCAL | flags) }
-        .map_err(|error| error.to_string())
+    unsafe { Loaded::open(Some(name), RTLD_NOW | RTLD_LOCAL | flags) }.map_err(|error| {
+        // The loader's own words, which say of which file.
+        let words = error.source().map(ToString::to_string);
+        words.unwrap_or_else(|| error.to_string())
+    })
 }
