@@ -15,10 +15,10 @@ use std::{
 };
 use tch::{Device, Kind, Tensor};
 use ulysses::{
-    Batch, Communicator, CommunicatorError, DataLoaderAdapter, Mask, MpiCommunicator, MpiWorld,
-    Options, Preparation, Reduction, Score, UlyssesAttention, cross_entropy, optimizer::Stage,
+    Batch, Communicator, CommunicatorError, DataLoaderAdapter, MpiCommunicator, MpiWorld, Options,
+    Preparation, Reduction, UlyssesAttention, cross_entropy, optimizer::Stage,
 };
-use world::{Inputs, gradients, leaf, noise, shard, uneven_shards};
+use world::{leaf, noise, shard, uneven_shards};
 
 /// For one world. They take a second or two, the one that moves gibibytes ten.
 const TIME_LIMIT: Duration = Duration::from_secs(120);
