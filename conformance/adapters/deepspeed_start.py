@@ -6,8 +6,10 @@ import os
 
 import ulysses_kit
 
-# Without it, DeepSpeed takes the accelerator it finds, and the ranks would not run on the session's device.
-os.environ["DS_ACCELERATOR"] = ulysses_kit.session_device().type
+# Without it, DeepSpeed takes the accelerator it finds, and the ranks would not run on the session's device. Who uses
+# this outside of a session says it himself.
+if "DS_ACCELERATOR" not in os.environ:
+    os.environ["DS_ACCELERATOR"] = ulysses_kit.session_device().type
 
 import deepspeed
 import torch

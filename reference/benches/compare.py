@@ -13,6 +13,7 @@ the way criterion has it taken. Those in Python are two ranks of DeepSpeed with 
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import statistics
 import subprocess
@@ -25,7 +26,8 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "conformance/adapters"))
 
-import deepspeed_cpu  # before deepspeed, and before torch for its number of threads
+os.environ["DS_ACCELERATOR"] = "cpu"
+import deepspeed_start  # before deepspeed, and before torch for its number of threads
 import torch
 import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
@@ -84,7 +86,7 @@ def serve_rank(rank: int, pipe, folder: str) -> None:
     place = SimpleNamespace(
         rank=rank, world=RANKS, device=torch.device("cpu"), init_method=f"file://{folder}/rendezvous"
     )
-    group = deepspeed_cpu.setup(place)
+    group = deepspeed_start.setup(place)
     while request := pipe.recv():
         workload, size, iterations = request
         work = PYTHON_WORKLOADS[workload](size, group)

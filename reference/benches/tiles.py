@@ -33,7 +33,8 @@ TIME_GOAL = 1.4
 def deepspeed(function: str, tokens: int) -> None:
     """One measurement of DeepSpeed, printed as `tiles/main.rs` does."""
     sys.path.insert(0, str(ROOT / "conformance/adapters"))
-    import deepspeed_cpu  # noqa: F401  before deepspeed
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed_start  # noqa: F401  before deepspeed
     import torch
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP
     from torch.nn.functional import cross_entropy, silu

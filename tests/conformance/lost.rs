@@ -27,6 +27,7 @@ fn ranks_of_a_judge_on_another_host_leave_with_the_session(#[case] command: &str
         protocol: PROTOCOL,
         world: 2,
         device: "cpu".to_owned(),
+        kernel: "sdpa".to_owned(),
         time_limit_s: 30.0,
         judge: Judge {
             pid: 1,

@@ -5,10 +5,9 @@
 use fixtures::exchange::{Declared, posed};
 use fixtures::{Case, Feature};
 use rstest::rstest;
-use ulysses::Kernel;
 use ulysses_conformance::catalogue;
 use ulysses_conformance::faults::Assembled;
-use ulysses_conformance::implementation::{Implementation, Interrupt};
+use ulysses_conformance::implementation::{Implementation, Interrupt, Means, claims};
 use ulysses_conformance::judge::Verdict;
 use ulysses_conformance::known::KnownFailures;
 use ulysses_conformance::runner::{self, Summary};
@@ -65,7 +64,7 @@ fn every_bad_question_is_refused_on_every_rank() {
 
 #[test]
 fn no_case_asks_for_more_ranks_than_heads() {
-    let claims = ulysses_conformance::implementation::claims(Kernel::Sdpa);
+    let claims = claims(Means::default()).unwrap();
     assert_eq!(claims.declared, Declared::default());
     for case in catalogue::cases() {
         let needed = case.features();

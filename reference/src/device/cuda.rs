@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use libloading::Library;
-use std::{env, sync::OnceLock};
+use std::{env, error::Error, sync::OnceLock};
 use tch::Cuda;
 
 /// The driver's own library, which every installation of it brings.
@@ -89,7 +89,11 @@ fn look() -> Result<usize, NoCuda> {
 fn load(name: &str) -> Result<(), String> {
     // SAFETY: what these two libraries do when they are loaded is what every
     // program that is linked with them has done to it at its start.
-    let library = unsafe { Library::new(name) }.map_err(|error| error.to_string())?;
+    let library = unsafe { Library::new(name) }.map_err(|error| {
+        // The loader's own words, which say of which file.
+        let words = error.source().map(ToString::to_string);
+        words.unwrap_or_else(|| error.to_string())
+    })?;
     // What it registers with libtorch is used until the end.
     std::mem::forget(library);
     Ok(())
