@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -58,8 +59,8 @@ class Check:
         left = self.end - time.monotonic() if self.end else step.limit
         if not step.left_out and left < LEAST:
             step.left_out = "the time is up"
-        entry = asdict(step) | {"exit_code": None, "timed_out": False, "seconds": 0.0, "tests": None, "printed": ""}
-        entry["verdicts"] = None
+        entry = asdict(step) | {"exit_code": None, "timed_out": False, "seconds": 0.0, "tests": None, "verdicts": None}
+        entry |= {"printed": "", "last_words": "", "shown": self.shown(step.command)}
         if not step.left_out:
             print(f"{step.part}: {step.name} ...", end=" ", flush=True)
             self.run(step, min(step.limit, left), entry)
@@ -90,10 +91,16 @@ class Check:
         entry["exit_code"] = process.returncode
         entry["verdicts"] = results.verdicts(step.verdicts)
         entry["tests"] = results.tests(log) if step.part == "tests" else None
+        if process.returncode != 0:
+            entry["last_words"] = results.last_words(log)
         if step.part == "kernels":
             entry["printed"] = log.read_text(encoding="utf-8", errors="replace").strip()
         if step.measured and step.measured.exists():
             entry["printed"] = json.loads(step.measured.read_text(encoding="utf-8"))["table"]
+
+    def shown(self, command: list[str]) -> str:
+        """As it is written down: from within the folder, and with its files where the logs are."""
+        return shlex.join(command).replace(f"{FOLDER}/", "").replace(str(self.choice.work), "logs")
 
     def write(self) -> None:
         result = {

@@ -45,6 +45,13 @@ def tests(log: Path) -> dict | None:
     return dict(zip(("passed", "failed", "ignored"), map(int, found[-1])))
 
 
+def last_words(log: Path) -> str:
+    """The last error of a log, or else its last line: why there is nothing to show."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "rror" in line]
+    return (errors or lines or [""])[-1].replace("|", "/")
+
+
 def counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts.get(verdict)) or "none"
 
@@ -57,7 +64,7 @@ def outcome(step: dict) -> str:
         return counted(step["verdicts"]["all"])
     if step["tests"]:
         return ", ".join(f"{count} {what}" for what, count in step["tests"].items())
-    return ""
+    return step["last_words"]
 
 
 def ended(step: dict) -> str:
@@ -102,7 +109,7 @@ def markdown(result: dict) -> str:
     for step in steps:
         if not step["left_out"]:
             variables = "".join(f"{name}={value} " for name, value in step["variables"].items())
-            text.append(f"- {step['name']}: `{variables}{' '.join(step['command'])}`")
+            text.append(f"- {step['name']}: `{variables}{step['shown']}`")
     return "\n".join(text) + "\n"
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from machine import Machine
 
+# A CPU takes longer for what is to be shown on a GPU.
+REHEARSAL = 5
 PARTS = ("kernels", "tests", "threads", "mpi", "nccl", "kernel", "adapters", "benchmark")
 WORLDS = (1, 2, 4)
 # What an adapter needs of the Python beside torch.
@@ -75,8 +77,9 @@ def steps(choice: Choice, machine: Machine):
         "benchmark": lambda: [benchmark(choice, machine)],
     }
     for part in PARTS:
-        if part in choice.parts:
-            yield from makers[part]()
+        for step in makers[part]() if part in choice.parts else ():
+            step.limit *= REHEARSAL if choice.device == "cpu" else 1
+            yield step
 
 
 def tests(choice: Choice) -> list[Step]:
@@ -92,11 +95,12 @@ def nccl(choice: Choice, machine: Machine) -> list[Step]:
     """As many ranks as GPUs, and more where an NCCL allows it."""
     if choice.device == "cpu":
         return [Step("nccl", "NCCL", [], 0, left_out="NCCL moves memory of GPUs alone")]
-    own = max(machine.gpus, 1)
+    own = 1 if ":" in choice.device else max(machine.gpus, 1)
+    gpus = "1 GPU" if own == 1 else f"{own} GPUs"
     variables = {"ULYSSES_NCCL": machine.sharing_nccl} if machine.sharing_nccl else {}
-    taken = [choice.run("nccl", f"NCCL, {own} ranks on {own} GPUs", "reference-nccl", [own], 180, variables=variables)]
+    taken = [choice.run("nccl", f"NCCL, P = {own} on {gpus}", "reference-nccl", [own], 180, variables=variables)]
     for world in (world for world in choice.worlds() if world > own):
-        name = f"NCCL, {world} ranks on {own} GPUs"
+        name = f"NCCL, P = {world} on {gpus}"
         if machine.sharing_nccl is None:
             reason = "no NCCL from 2.32 on was found: give the path of its libnccl.so.2 in ULYSSES_NCCL"
             taken.append(Step("nccl", name, [], 0, left_out=reason))
@@ -113,7 +117,7 @@ def each_kernel(choice: Choice) -> list[Step]:
         return [Step("kernel", "each kernel", [], 0, left_out="the part `kernels` says which there are")]
     rows = re.findall(r"^\| ([a-z-]+) +\|(.+)\|$", log.read_text(encoding="utf-8"), re.MULTILINE)
     offered = [name for name, cells in rows if name not in ("kernel", "sdpa") and re.search("yes|no groups", cells)]
-    filters = ["--filter", "attention/"] + (["--filter", "-bf16-"] if choice.is_quick else [])
+    filters = ["--filter", "attention/"] + (["--filter=-bf16-"] if choice.is_quick else [])
     return [
         choice.run("kernel", f"kernel {name}", "reference", [2], 120, "--kernel", name, *filters) for name in offered
     ] or [Step("kernel", "each kernel", [], 0, left_out="the part `kernels` found none")]

@@ -112,8 +112,9 @@ class Run:
 
     def words(self, what: str, tokens: list[int], *more: str) -> list[str]:
         numbers = ",".join(map(str, tokens))
-        repetitions = str(self.chosen.repetitions)
-        common = ["--device", self.chosen.device, "--tokens", numbers, "--repetitions", repetitions]
+        # Through the host a turn takes a hundred times as long, and varies less.
+        repetitions = min(self.chosen.repetitions, 5) if "mpi" in more else self.chosen.repetitions
+        common = ["--device", self.chosen.device, "--tokens", numbers, "--repetitions", str(repetitions)]
         return [self.program, what, *common, *more]
 
     def processes(self, means: str, ranks: int, tokens: list[int], variables: dict[str, str]) -> None:
@@ -129,9 +130,6 @@ class Run:
             common = ["--device", self.chosen.device, "--tokens", numbers, "--store", f"{folder}/store"]
             common += ["--repetitions", str(self.chosen.repetitions)]
             commands = [[sys.executable, __file__, "--rank", f"{rank}/{ranks}", *common] for rank in range(ranks)]
-            # The same NCCL for both: torch is linked with its own, and takes the one that is loaded before it.
-            if library := variables.get("ULYSSES_NCCL"):
-                variables = variables | {"LD_PRELOAD": library}
             self.take(f"torch, {ranks} ranks", commands, variables)
 
     def take(self, name: str, commands: list[list[str]], variables: dict[str, str] | None = None) -> None:
@@ -180,12 +178,19 @@ def measure(run: Run) -> None:
     run.program_alone("exchange", exchanged)
     run.program_alone("attention", attended, "--kernel", chosen.kernel)
     worlds = sorted({2, 4} | ({chosen.gpus} if chosen.gpus > 1 else set()))
+    library = os.environ.get("ULYSSES_NCCL")
     for ranks in worlds[: 1 if chosen.quick else None]:
-        run.processes("mpi", ranks, exchanged, {})
-        shared = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"} if ranks > chosen.gpus else {}
-        if library := os.environ.get("ULYSSES_NCCL"):
-            shared["ULYSSES_NCCL"] = library
-        run.torch(ranks, exchanged, shared)
+        run.processes("mpi", ranks, exchanged[:2], {})
+        variables = {}
+        if chosen.device == "cuda" and ranks > chosen.gpus:
+            if library is None:
+                run.failed.append(f"NCCL, {ranks} ranks on {chosen.gpus} GPUs: give one from 2.32 on in ULYSSES_NCCL")
+                continue
+            variables["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+        if chosen.device == "cuda":
+            run.processes("nccl", ranks, exchanged, variables)
+        # The same NCCL for both: torch is linked with its own, and takes the one that is loaded before it.
+        run.torch(ranks, exchanged, variables | ({"LD_PRELOAD": library} if library else {}))
 
 
 def tables(run: Run) -> str:
