@@ -22,9 +22,11 @@ impl From<Output> for Run {
     }
 }
 
-/// The program, to be given arguments.
+/// The program, to be given arguments; without a GPU in sight.
 pub(crate) fn program() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_ulysses-conformance"))
+    let mut program = Command::new(env!("CARGO_BIN_EXE_ulysses-conformance"));
+    program.env("CUDA_VISIBLE_DEVICES", "");
+    program
 }
 
 /// The program with these arguments, separated by spaces.

@@ -63,6 +63,17 @@ pub fn cuda_devices() -> Result<usize, NoCuda> {
 }
 
 fn look() -> Result<usize, NoCuda> {
+    let visible = env::var("CUDA_VISIBLE_DEVICES");
+    let none_visible = || NoCuda::NoneVisible {
+        visible: visible
+            .iter()
+            .map(|chosen| format!(" with CUDA_VISIBLE_DEVICES=\"{chosen}\""))
+            .collect(),
+    };
+    // Who hides them all need not wait for the library.
+    if matches!(visible.as_deref(), Ok("" | "-1")) {
+        return Err(none_visible());
+    }
     let is_driven = load(DRIVER).is_ok();
     if is_driven {
         load(TORCH).map_err(|reason| NoCuda::NoLibrary { reason })?;
@@ -70,12 +81,7 @@ fn look() -> Result<usize, NoCuda> {
     match usize::try_from(Cuda::device_count()) {
         Ok(count) if count > 0 => Ok(count),
         _ if !is_driven => Err(NoCuda::NoDriver),
-        _ => Err(NoCuda::NoneVisible {
-            visible: env::var("CUDA_VISIBLE_DEVICES").map_or_else(
-                |_| String::new(),
-                |chosen| format!(" with CUDA_VISIBLE_DEVICES=\"{chosen}\""),
-            ),
-        }),
+        _ => Err(none_visible()),
     }
 }
 
