@@ -150,7 +150,9 @@ def parse() -> argparse.Namespace:
         description=__doc__.partition("\n")[0], epilog=f"parts: {', '.join(steps.PARTS)}"
     )
     arguments.add_argument("--out", type=Path, help="the folder for the result (default: $OUT, else gpu-results)")
-    arguments.add_argument("--only", type=parts, default=steps.PARTS, metavar="PARTS", help="these parts, with commas between")
+    arguments.add_argument(
+        "--only", type=parts, default=steps.PARTS, metavar="PARTS", help="these parts, with commas between"
+    )
     arguments.add_argument("--quick", action="store_true", help="two ranks, fewer kernels' cases, a short benchmark")
     arguments.add_argument("--minutes", type=float, help="begin nothing, and let nothing run, after so many")
     arguments.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu to rehearse")

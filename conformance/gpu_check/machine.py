@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 # From this NCCL on, NCCL_MULTI_RANK_GPU_ENABLE=1 allows several ranks on one GPU.
@@ -57,7 +57,6 @@ class Machine:
     libraries: list[str]  # folders for the loader, before its own
     mpi: Path | None  # the folder's own Open MPI
     sharing_nccl: str | None  # a library of NCCL that allows several ranks on one GPU
-    path: list[str] = field(default_factory=list)
 
     def environment(self) -> dict[str, str]:
         """The variables of every program that is started."""
@@ -86,14 +85,15 @@ def look(folder: Path, python: str) -> Machine:
         raise Missing(f"{python} cannot import torch: give --python one that has torch {programs['torch']}")
     torch = json.loads(found)
     if torch["torch"].split("+")[0] != programs["torch"]:
-        raise Missing(f"{python} has torch {torch['torch']}, and the programs need {programs['torch']}: give --python another")
+        needed = f"the programs need {programs['torch']}: give --python another"
+        raise Missing(f"{python} has torch {torch['torch']}, and {needed}")
     glibc = platform.libc_ver()[1]
     if version(glibc) < version(programs["glibc"]):
         raise Missing(f"glibc here is {glibc}, and the programs need {programs['glibc']}: make them on an older system")
     mpi = folder / "openmpi" if (folder / "openmpi/bin/mpirun").exists() else None
     libraries = [torch["lib"]] + ([str(mpi / "lib")] if mpi else [])
-    ncclis = nccl_libraries(folder, Path(torch["lib"]))
-    sharing = next((path for path, number in ncclis.items() if number >= NCCL_THAT_SHARES), None)
+    found_nccl = nccl_libraries(folder, Path(torch["lib"]))
+    sharing = next((path for path, number in found_nccl.items() if number >= NCCL_THAT_SHARES), None)
     machine = Machine({}, python, torch["packages"], len(torch["gpus"]), libraries, mpi, sharing)
     machine.about = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -101,13 +101,13 @@ def look(folder: Path, python: str) -> Machine:
         "driver": nvidia_driver(),
         "cores": len(os.sched_getaffinity(0)),
         "processor": processor(),
-        "system": f"{platform.freedesktop_os_release().get('PRETTY_NAME', 'Linux')}, kernel {platform.release()}, glibc {glibc}",
+        "system": f"{system()}, kernel {platform.release()}, glibc {glibc}",
         "python": torch["python"],
         "torch": torch["torch"],
         "cuda": torch["cuda"],
         "cudnn": torch.get("cudnn"),
         "nccl of torch": torch.get("nccl"),
-        "nccl that was found": {path: number for path, number in ncclis.items()},
+        "nccl that was found": found_nccl,
         "mpi": mpi_version(machine),
         "packages": torch["packages"],
         "programs": programs,
@@ -152,6 +152,13 @@ def nvidia_driver() -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     asked = subprocess.run(query, stdout=subprocess.PIPE, text=True)
     return asked.stdout.splitlines()[0].strip() if asked.stdout.strip() else None
+
+
+def system() -> str:
+    try:
+        return platform.freedesktop_os_release().get("PRETTY_NAME", "Linux")
+    except OSError:
+        return "Linux"
 
 
 def processor() -> str:

