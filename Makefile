@@ -13,12 +13,12 @@ ARGS ?= --implementation reference --implementation deepspeed-ulysses-hf
 GPU_PROGRAMS ?= target/gpu-check
 GPU_CHECK ?=
 
-.PHONY: help setup build demo test lint gpu-programs gpu-check
+.PHONY: help setup build demo test lint gpu-programs gpu-check hosts-check
 
 help: ## Show this
 	@echo "usage: make TARGET"
 	@echo
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo
 	@echo "  make demo ARGS='--implementation reference'  judges only what you name"
 	@echo
@@ -64,3 +64,7 @@ gpu-check: ## Run everything that needs a GPU, and write down what was found
 	    { echo "there are no programs in $(GPU_PROGRAMS): make gpu-programs where cargo is, and bring the folder"; exit 1; }
 	@python=$${ULYSSES_PYTHON:-.venv/bin/python}; [[ -x $$python ]] || python=python3; \
 	    $$python $(GPU_PROGRAMS)/check.py --out "$${OUT:-docs/gpu-results}" $(GPU_CHECK)
+
+# Not part of `make test`: it makes network namespaces, as root.
+hosts-check: build ## Judge the reference over MPI on two hosts, and cut one off (root, iproute2)
+	.venv/bin/python tests/hosts/check.py --programs "$${CARGO_TARGET_DIR:-target}/debug"

@@ -440,7 +440,7 @@ def _fork_ranks(folder: Path, session: dict, run: Callable[[int, int, int], int]
                 _add_to_last_words(folder / "progress" / f"rank-{rank}", how)
         elif failures:  # all that died by themselves are named by now
             break
-        elif _judge_is_there(session["judge"]):
+        elif _judge_is_there(folder, session["judge"]):
             time.sleep(0.02)
         else:
             failures.append("the judge is gone")
@@ -464,7 +464,7 @@ def _run_rank(folder: Path, session: dict, hello: dict, setup: Setup, functions:
         stream.reconfigure(line_buffering=True)  # a killed rank flushes nothing
     faulthandler.enable(file=2)
     faulthandler.register(signal.SIGTERM, file=2, chain=True)
-    threading.Thread(target=_leave_when_alone, args=(session["judge"], parent), daemon=True).start()
+    threading.Thread(target=_leave_when_alone, args=(folder, session["judge"], parent), daemon=True).start()
     device = torch.device(session["device"])
     if device.type == "cuda":
         if device.index is None:  # several ranks share a GPU where there are fewer
@@ -708,8 +708,14 @@ def _write(path: Path | str, content: bytes) -> None:
     os.rename(beside, path)
 
 
-def _judge_is_there(judge: dict) -> bool:
-    """Whether the judge lives. Only its own host can tell; from elsewhere it is taken to."""
+def _judge_is_there(folder: Path, judge: dict) -> bool:
+    """Whether the judge lives. On other hosts than its own that is seen of the session, which it takes along."""
+    try:
+        os.stat(folder / "session.json")
+    except FileNotFoundError:
+        return False
+    except OSError:
+        pass  # a shared file system that fails
     if judge["host"] != socket.gethostname():
         return True
     try:
@@ -720,9 +726,9 @@ def _judge_is_there(judge: dict) -> bool:
         return isinstance(error, PermissionError)  # another user's process
 
 
-def _leave_when_alone(judge: dict, parent: int | None) -> None:
+def _leave_when_alone(folder: Path, judge: dict, parent: int | None) -> None:
     """A thread: ends this rank a second after the judge or the parent, out of a hanging collective as well."""
-    while _judge_is_there(judge) and (parent is None or os.getppid() == parent):
+    while _judge_is_there(folder, judge) and (parent is None or os.getppid() == parent):
         time.sleep(1.0)
     print("ulysses_kit: the judge or the parent process is gone; leaving", file=sys.stderr, flush=True)
     os._exit(1)

@@ -307,6 +307,7 @@ fn what_has_no_numbers_to_compare_is_named_too() {
     let collapse = || Collapse {
         sentence: String::new(),
         logs: Vec::new(),
+        is_of_ranks: true,
     };
     let named = |failure| name(without_answer(failure).unwrap());
     assert_eq!(named(Failure::Crashed(collapse())), Mistake::RankDies);

@@ -244,6 +244,7 @@ fn garbage_crashes_and_hangs_are_told_apart() {
     let collapse = Collapse {
         sentence: "rank 1 ended".to_owned(),
         logs: vec!["rank-1 stderr: ouch".to_owned()],
+        is_of_ranks: true,
     };
     let judgement = |failure| without_answer(failure).unwrap();
     let crash = judgement(Failure::Crashed(collapse.clone()));

@@ -130,6 +130,7 @@ fn a_crash_after_the_first_question_is_a_crash() {
             *answers = Err(Failure::Crashed(Collapse {
                 sentence: "rank 0 ended".to_owned(),
                 logs: Vec::new(),
+                is_of_ranks: true,
             }));
         }
     });

@@ -70,6 +70,7 @@ impl Implementation for Spoiled {
                 return Err(Failure::Crashed(Collapse {
                     sentence: format!("a process ended: rank 0 (case {})", self.asked.len()),
                     logs: vec!["launcher stderr: killed".to_owned()],
+                    is_of_ranks: true,
                 }));
             }
         }

@@ -10,9 +10,12 @@ use std::error::Error;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use clap::Parser;
-use fixtures::exchange::{FOLDER_VARIABLE, Hello, PROTOCOL, Session, serve};
+use fixtures::exchange::{FOLDER_VARIABLE, Hello, Judge, PROTOCOL, Session, judge_is_gone, serve};
+use nix::sys::signal::{Signal, raise};
 use nix::unistd::{dup2_stderr, dup2_stdout};
 use ulysses::device::local_rank;
 use ulysses::{Communicator, DeviceChoice, MpiWorld};
@@ -31,6 +34,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let folder = std::env::var_os(FOLDER_VARIABLE)
         .ok_or_else(|| format!("{FOLDER_VARIABLE} is not set: the judge sets it"))?;
     let (session, info) = Session::open(Path::new(&folder))?;
+    let host = hostname::get()?.to_string_lossy().into_owned();
+    leave_when_alone(session.clone(), info.judge.clone(), host.clone());
     let device = info.device.parse::<DeviceChoice>()?;
     let means = Means {
         device: device.device(local_rank())?,
@@ -54,7 +59,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         rank,
         world: communicator.size(),
         pid: std::process::id(),
-        host: hostname::get()?.to_string_lossy().into_owned(),
+        host,
         implementation: "reference-mpi".to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         libraries: BTreeMap::new(),
@@ -68,4 +73,22 @@ fn main() -> Result<(), Box<dyn Error>> {
         reference.answer(case, inputs)
     })?;
     Ok(())
+}
+
+/// How long the launcher has to end this rank once the judge is gone.
+const LAUNCHER_FIRST: Duration = Duration::from_secs(15);
+
+/// Ends this process when the judge is gone, out of a collective as well: on
+/// another host than the judge's nobody else may be left to do so.
+fn leave_when_alone(session: Session, judge: Judge, host: String) {
+    thread::spawn(move || {
+        while !judge_is_gone(&session, &judge, &host) {
+            thread::sleep(Duration::from_secs(1));
+        }
+        // A daemon of the launcher on a host that was cut off finds that out as
+        // long as it has nothing to say; the end of a rank is something to say.
+        thread::sleep(LAUNCHER_FIRST);
+        // Not through what a process does at its end: MPI is in use.
+        raise(Signal::SIGKILL)
+    });
 }

@@ -121,6 +121,7 @@ impl Implementation for Assembled {
             return Err(Failure::Crashed(Collapse {
                 sentence: format!("rank {rank} died"),
                 logs: Vec::new(),
+                is_of_ranks: true,
             }));
         }
         let (ranks, answers): (Vec<Rank>, Vec<_>) = ended.into_iter().flatten().unzip();
@@ -194,6 +195,7 @@ fn hung(answered: &Staged<Tensors>) -> Option<Collapse> {
             Some(Collapse {
                 sentence: error.to_string(),
                 logs: Vec::new(),
+                is_of_ranks: true,
             })
         }
         _ => None,

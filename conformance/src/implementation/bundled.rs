@@ -3,10 +3,12 @@
 use std::env;
 use std::path::PathBuf;
 
+use clap::ValueEnum;
+use fixtures::exchange::FOLDER_VARIABLE;
+
 use super::{
     Conditions, External, Implementation, Interrupt, Launch, LaunchError, ReferenceOnThreads,
 };
-use clap::ValueEnum;
 
 /// An implementation that comes with the harness.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -125,9 +127,36 @@ fn mpi_launch() -> Result<Launch, String> {
         .chain([&*adapter]);
     let launch = Launch::new(words.map(str::to_owned).collect())
         .map_err(|error| format!("{error}: run `make setup`, or put an MPI on the PATH"))?;
-    Ok(one_thread(launch)
+    let launch = one_thread(launch)
         .with_variable("OMPI_ALLOW_RUN_AS_ROOT", "1")
-        .with_variable("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"))
+        .with_variable("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+        .with_variable(CARRIED, carried(env::var(CARRIED).ok()));
+    let unset = KEEPALIVE
+        .into_iter()
+        .filter(|(name, _)| env::var_os(name).is_none());
+    Ok(unset.fold(launch, |launch, (name, value)| {
+        launch.with_variable(name, value)
+    }))
+}
+
+/// After ten seconds of silence mpirun says that a host was cut off, and the
+/// daemon there ends its ranks. By itself Open MPI takes eight minutes.
+const KEEPALIVE: [(&str, &str); 3] = [
+    ("OMPI_MCA_oob_tcp_keepalive_time", "5"),
+    ("OMPI_MCA_oob_tcp_keepalive_intvl", "1"),
+    ("OMPI_MCA_oob_tcp_keepalive_probes", "5"),
+];
+
+/// The variables that Open MPI hands to ranks on other hosts, which have only
+/// those. `-x` on the command line would forbid a user's own list.
+const CARRIED: &str = "OMPI_MCA_mca_base_env_list";
+
+fn carried(by_the_user: Option<String>) -> String {
+    [FOLDER_VARIABLE.to_owned(), ONE_THREAD.to_owned()]
+        .into_iter()
+        .chain(by_the_user.filter(|list| !list.is_empty()))
+        .collect::<Vec<_>>()
+        .join(";")
 }
 
 fn for_adapters(launch: Launch) -> Launch {
@@ -152,5 +181,21 @@ fn adapters() -> PathBuf {
 
 /// Ranks share the cores: more threads than one each only fight for them.
 fn one_thread(launch: Launch) -> Launch {
-    launch.with_variable("OMP_NUM_THREADS", "1")
+    launch.with_variable(ONE_THREAD, "1")
+}
+
+const ONE_THREAD: &str = "OMP_NUM_THREADS";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_ranks_on_other_hosts_are_given_leaves_room_for_a_users_list() {
+        let own = "ULYSSES_EXCHANGE;OMP_NUM_THREADS";
+        assert_eq!(carried(None), own);
+        assert_eq!(carried(Some(String::new())), own);
+        let both = format!("{own};NCCL_DEBUG;FOO=1");
+        assert_eq!(carried(Some("NCCL_DEBUG;FOO=1".to_owned())), both);
+    }
 }

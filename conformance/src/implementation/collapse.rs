@@ -18,6 +18,9 @@ pub struct Collapse {
     pub sentence: String,
     /// What ranks and launcher had written last, a line each.
     pub logs: Vec<String>,
+    /// Whether it shows what a rank did: not where ranks were not started, nor
+    /// where a host or the network between several may be why.
+    pub is_of_ranks: bool,
 }
 
 /// What is known of a rank.
@@ -63,6 +66,22 @@ pub(super) fn ended(number: usize, ranks: &[LastSeen]) -> String {
         told
     };
     ranks.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+/// `ranks 0, 2 are on node-a, ranks 1, 3 on node-b`: for each rank its host.
+/// Nothing if they are all on one.
+pub(super) fn spread<'a>(hosts: impl IntoIterator<Item = (usize, &'a str)>) -> Option<String> {
+    let hosts = grouped(hosts);
+    let mut told = Vec::new();
+    for (i, (ranks, host)) in hosts.iter().enumerate() {
+        let verb = match (i, ranks.len()) {
+            (0, 1) => " is",
+            (0, _) => " are",
+            _ => "",
+        };
+        told.push(format!("{}{verb} on {host}", named(ranks)));
+    }
+    (hosts.len() > 1).then(|| told.join(", "))
 }
 
 /// What a rank does, as far as is known.
@@ -228,6 +247,16 @@ mod tests {
     fn where_no_rank_is_in_a_collective_there_is_nothing_to_tell() {
         let lines = ["case 3: forward", "case 2: forward, in barrier #1", "-", ""];
         assert_eq!(waiting(3, &ranks(&lines)), None);
+    }
+
+    #[test]
+    fn hosts_are_told_where_there_are_several() {
+        let hosts = [(0, "a"), (1, "b"), (2, "a"), (3, "b")];
+        let told = "ranks 0, 2 are on a, ranks 1, 3 on b";
+        assert_eq!(spread(hosts).as_deref(), Some(told));
+        let told = "rank 2 is on a, rank 3 on b";
+        assert_eq!(spread(hosts[2..].to_vec()).as_deref(), Some(told));
+        assert_eq!(spread([(0, "a"), (1, "a")]), None);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! An implementation behind the exchange: somebody's command, started on as
 //! many ranks as the cases want.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use fixtures::exchange::{CaseInfo, Tensors};
 use ulysses::{DeviceChoice, Kernel};
 
 use super::pool::Pool;
-use super::{Claims, Failure, Implementation, Interrupt, Log, RankAnswer};
+use super::{Claims, Collapse, Failure, Implementation, Interrupt, Log, RankAnswer};
 
 /// A command that starts the ranks.
 #[derive(Clone, Debug)]
@@ -124,9 +124,23 @@ pub struct External {
     conditions: Conditions,
     interrupt: Interrupt,
     pool: Option<Pool>,
-    /// The world sizes on which it cannot be started, how that went, and what
-    /// was written then. It is not tried again for every case.
-    unstartable: BTreeMap<usize, (Failure, Vec<Log>)>,
+    /// The world sizes on which it was started.
+    started: BTreeSet<usize>,
+    /// The world sizes on which it cannot be started.
+    unstartable: BTreeMap<usize, Unstartable>,
+}
+
+/// What is told of cases on a world size on which it cannot be started, which
+/// takes too long to be tried for each.
+struct Unstartable {
+    failure: Failure,
+    /// What was written then.
+    logs: Vec<Log>,
+    /// After how many cases it is tried again, twice as many each time: a host
+    /// may come back. Nothing where it never was started.
+    pause: Option<usize>,
+    /// How many cases were told so since.
+    told: usize,
 }
 
 impl External {
@@ -143,28 +157,50 @@ impl External {
             conditions,
             interrupt: interrupt.clone(),
             pool: None,
+            started: BTreeSet::new(),
             unstartable: BTreeMap::new(),
         }
     }
 
     /// Ranks that wait for a case: those of before, or fresh ones.
     fn pool(&mut self, world: usize) -> Result<&mut Pool, Failure> {
-        if let Some((failure, _)) = self.unstartable.get(&world) {
-            return Err(failure.clone());
+        if let Some(unstartable) = self.unstartable.get_mut(&world)
+            && unstartable.pause != Some(unstartable.told)
+        {
+            unstartable.told += 1;
+            return Err(not_tried(&unstartable.failure));
         }
         let old = self.pool.take();
         let pool = match old.filter(|pool| pool.world() == world && pool.is_idle()) {
             Some(pool) => pool,
-            None => Pool::start(&self.launch, world, &self.conditions, &self.interrupt).map_err(
-                |(failure, logs)| {
-                    if !matches!(failure, Failure::Interrupted) {
-                        self.unstartable.insert(world, (failure.clone(), logs));
-                    }
-                    failure
-                },
-            )?,
+            None => self.start(world)?,
         };
         Ok(self.pool.insert(pool))
+    }
+
+    /// Fresh ranks, or how that failed, which is kept.
+    fn start(&mut self, world: usize) -> Result<Pool, Failure> {
+        let before = self.unstartable.remove(&world);
+        match Pool::start(&self.launch, world, &self.conditions, &self.interrupt) {
+            Ok(pool) => {
+                self.started.insert(world);
+                Ok(pool)
+            }
+            Err((Failure::Interrupted, _)) => Err(Failure::Interrupted),
+            Err((failure, logs)) => {
+                let unstartable = Unstartable {
+                    failure: failure.clone(),
+                    logs,
+                    pause: match before.and_then(|before| before.pause) {
+                        Some(pause) => Some(2 * pause),
+                        None => self.started.contains(&world).then_some(1),
+                    },
+                    told: 0,
+                };
+                self.unstartable.insert(world, unstartable);
+                Err(failure)
+            }
+        }
     }
 }
 
@@ -183,9 +219,24 @@ impl Implementation for External {
 
     fn logs(&self, world: usize) -> Vec<Log> {
         match (&self.pool, self.unstartable.get(&world)) {
-            (_, Some((_, logs))) => logs.clone(),
+            (_, Some(unstartable)) => unstartable.logs.clone(),
             (Some(pool), None) if pool.world() == world => pool.written(),
             _ => Vec::new(),
         }
+    }
+}
+
+/// The same failure for a case for which no start was tried. What was written is
+/// told where one was.
+fn not_tried(failure: &Failure) -> Failure {
+    let again = |collapse: &Collapse| Collapse {
+        sentence: format!("as before: {}", collapse.sentence),
+        logs: Vec::new(),
+        is_of_ranks: collapse.is_of_ranks,
+    };
+    match failure {
+        Failure::Crashed(collapse) => Failure::Crashed(again(collapse)),
+        Failure::Hung(collapse) => Failure::Hung(again(collapse)),
+        other => other.clone(),
     }
 }

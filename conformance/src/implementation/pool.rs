@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
+use std::mem;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -47,8 +48,11 @@ pub(super) struct Pool {
     host: String,
     /// Whether the ranks are known to be waiting for the next case.
     is_idle: bool,
-    /// How much each log held when the case was posed.
+    /// How much each log held before the case.
     logged: BTreeMap<PathBuf, u64>,
+    /// How much each held when the ranks became idle: what ended them while they
+    /// were counts for the next case.
+    at_rest: BTreeMap<PathBuf, u64>,
     /// Removed, with all that is in it, when the pool is dropped.
     folder: TempDir,
 }
@@ -96,10 +100,12 @@ impl Pool {
             }
         });
         let missing = pool.with_progress((0..world).filter(|&rank| pool.hellos[rank].is_none()));
+        let has_died = matches!(&waited, Waited::Died(dead) if !dead.is_empty());
         let (failure, sentence): (fn(Collapse) -> Failure, String) = match waited {
             Waited::Done => match pool.unfit_hello() {
                 None => {
                     pool.is_idle = true;
+                    pool.at_rest = pool.log_lengths();
                     return Ok(pool);
                 }
                 Some(reason) => (Failure::Crashed, reason),
@@ -121,7 +127,8 @@ impl Pool {
             ),
             Waited::Interrupted => return Err((Failure::Interrupted, Vec::new())),
         };
-        let collapse = pool.collapse(sentence, 0..world);
+        let mut collapse = pool.collapse(sentence, 0..world);
+        collapse.is_of_ranks &= has_died;
         Err((failure(collapse), pool.written()))
     }
 
@@ -175,6 +182,7 @@ impl Pool {
             host,
             is_idle: false,
             logged: BTreeMap::new(),
+            at_rest: BTreeMap::new(),
             folder,
         })
     }
@@ -239,13 +247,7 @@ impl Pool {
         let number = self.next_number;
         self.next_number += 1;
         self.is_idle = false;
-        self.logged = self
-            .logs(0..self.world)
-            .map(|(_, _, path)| (path, 0))
-            .collect();
-        for (path, length) in &mut self.logged {
-            *length = fs::metadata(path).map_or(0, |file| file.len());
-        }
+        self.logged = mem::take(&mut self.at_rest);
         for (info, _) in &mut posed {
             info.number = number;
         }
@@ -275,6 +277,7 @@ impl Pool {
         match waited {
             Waited::Done => match self.session.forget(number) {
                 Ok(()) => {
+                    self.at_rest = self.log_lengths();
                     // Ranks that raised an error may have left a collective
                     // half done, and the next case would pay for it. What is
                     // unsupported is said before any.
@@ -409,38 +412,71 @@ impl Pool {
     /// wrote. What the others wrote while they were ended would only hide it.
     fn collapse(
         &mut self,
-        sentence: String,
+        mut sentence: String,
         suspects: impl IntoIterator<Item = usize>,
     ) -> Collapse {
         self.is_idle = false;
         processes::end_all(self.folder.path());
-        let logs = self
-            .logs(suspects)
-            .flat_map(|(who, stream, path)| {
-                let lines = abridged(&self.since_posed(&path));
-                lines
-                    .into_iter()
-                    .map(move |line| format!("{who} {stream}: {line}"))
-            })
-            .collect();
-        Collapse { sentence, logs }
+        let hosts = self.hellos.iter().flatten();
+        let spread = collapse::spread(hosts.map(|hello| (hello.rank, &*hello.host)));
+        let hint = spread.as_ref().map(|spread| {
+            sentence = format!("{sentence}; {spread}");
+            format!(
+                "a host, or the network between them, may be why: from {} it is not seen what \
+                 ends on another host",
+                self.host
+            )
+        });
+        let mut logs = self.log_lines(suspects, |path| self.since_idle(path));
+        if logs.is_empty() {
+            // A launcher may lose a host while the case before is answered.
+            logs = self.log_lines([], |path| fs::read(path).unwrap_or_default());
+        }
+        Collapse {
+            sentence,
+            is_of_ranks: hint.is_none(),
+            logs: hint.into_iter().chain(logs).collect(),
+        }
     }
 
-    /// What all ranks and the launcher have written since the last case was
-    /// posed, of those that wrote anything.
+    /// What `read` finds in the logs of `ranks` and launcher, a line each.
+    fn log_lines(
+        &self,
+        ranks: impl IntoIterator<Item = usize>,
+        read: impl Fn(&Path) -> Vec<u8>,
+    ) -> Vec<String> {
+        self.logs(ranks)
+            .flat_map(|(who, stream, path)| {
+                let lines = abridged(&read(&path)).into_iter();
+                lines.map(move |line| format!("{who} {stream}: {line}"))
+            })
+            .collect()
+    }
+
+    fn log_lengths(&self) -> BTreeMap<PathBuf, u64> {
+        self.logs(0..self.world)
+            .map(|(_, _, path)| {
+                let length = fs::metadata(&path).map_or(0, |file| file.len());
+                (path, length)
+            })
+            .collect()
+    }
+
+    /// What all ranks and the launcher have written for the last case, of those
+    /// that wrote anything.
     pub(super) fn written(&self) -> Vec<Log> {
         self.logs(0..self.world)
             .map(|(who, stream, path)| Log {
                 who,
                 stream,
-                bytes: self.since_posed(&path),
+                bytes: self.since_idle(&path),
             })
             .filter(|log| !log.bytes.is_empty())
             .collect()
     }
 
-    /// What was written to a log since the last case was posed.
-    fn since_posed(&self, path: &Path) -> Vec<u8> {
+    /// What was written to a log since the case before was answered.
+    fn since_idle(&self, path: &Path) -> Vec<u8> {
         let already = self.logged.get(path).copied().unwrap_or_default();
         let mut bytes = fs::read(path).unwrap_or_default();
         bytes.drain(..bytes.len().min(already as usize));

@@ -87,6 +87,7 @@ impl Implementation for ReferenceOnThreads {
                 return Err(Failure::Crashed(Collapse {
                     sentence: format!("rank {rank} panicked"),
                     logs: Vec::new(),
+                    is_of_ranks: true,
                 }));
             }
             let (ranks, answers): (Vec<_>, Vec<_>) = answers.into_iter().flatten().unzip();

@@ -55,7 +55,10 @@ pub enum Cause {
 pub fn without_answer(failure: Failure) -> Option<Judgement> {
     let collapsed = |verdict, collapse: Collapse, mistake| {
         let judgement = Judgement::new(verdict, collapse.sentence).with_details(collapse.logs);
-        Some(judgement.named(mistake))
+        Some(match collapse.is_of_ranks {
+            true => judgement.named(mistake),
+            false => judgement,
+        })
     };
     match failure {
         Failure::Crashed(collapse) => collapsed(Verdict::Crash, collapse, Mistake::RankDies),

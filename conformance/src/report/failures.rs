@@ -38,11 +38,15 @@ pub fn failure(implementation: &str, record: &Record, command: &str) -> String {
     let Record {
         case, judgement, ..
     } = record;
-    let fault = match judgement.verdict.fault() {
+    let verdict = judgement.verdict;
+    let fault = match verdict.fault() {
         Some("harness") => "the harness' own fault",
+        // Nobody saw a rank do anything wrong.
+        _ if matches!(verdict, Verdict::Crash | Verdict::Hang) && judgement.diagnosis.is_none() => {
+            "the implementation's fault, or its environment's"
+        }
         _ => "the implementation's fault",
     };
-    let verdict = judgement.verdict;
     let mut text = format!("{implementation} {case}\n  asked: {}\n", clauses(case));
     // Writing to a string cannot fail.
     let _ = writeln!(

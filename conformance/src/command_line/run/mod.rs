@@ -366,6 +366,10 @@ impl Arguments {
         if self.time_limit != Duration::from_secs(30) {
             flags += &format!(" --time-limit {}", self.time_limit.as_secs_f64());
         }
+        if let Some(exchange) = &self.exchange {
+            let exchange = exchange.to_string_lossy();
+            flags += &format!(" --exchange {}", shell_words::quote(&exchange));
+        }
         flags
     }
 }
