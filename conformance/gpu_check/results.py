@@ -95,11 +95,12 @@ def markdown(result: dict) -> str:
     for step in steps:
         seconds = "" if step["left_out"] else f"{step['seconds']:.1f}"
         text.append(f"| {step['part']} | {step['name']} | {ended(step)} | {seconds} | {outcome(step)} |")
-    for title, of in (("ranks", "ranks"), ("element type", "dtypes")):
+    judged = [step for step in steps if step["verdicts"]]
+    for title, of in (("ranks", "ranks"), ("element type", "dtypes")) if judged else ():
         text += ["", f"Verdicts by {title}:", "", f"| step | {title} | verdicts | largest error, of what it may be |"]
         text.append("| --- | --- | --- | --- |")
-        for step in steps:
-            counts = step["verdicts"] or {of: {}, "worst_ratio": {}}
+        for step in judged:
+            counts = step["verdicts"]
             for name, count in sorted(counts[of].items()):
                 worst = counts["worst_ratio"][name]
                 text.append(f"| {step['name']} | {name} | {counted(count)} | {worst:.3g} |")
