@@ -42,7 +42,7 @@
 //! | [`model`] | a decoder of the Llama family, from Hugging Face files |
 //! | [`tiled`] | functions of long sequences in tiles: the MLP, logits and their loss |
 //! | [`loss`] | cross-entropy over the tokens of all ranks |
-//! | [`communicator`] | how ranks talk: threads, MPI, a counter around either; sums and gathers of tensors |
+//! | [`communicator`] | how ranks talk: threads, MPI, NCCL, a counter around any; sums and gathers of tensors |
 //! | [`mesh`] | data and sequence parallelism together |
 //! | [`device`] | on which device a rank computes |
 //! | [`autograd`] | custom autograd functions, and word that a gradient is complete, which tch lacks |
@@ -92,6 +92,10 @@ pub use batch::{
     shard::Shard,
 };
 pub use call::{Call, CallDropout, Documents, HeadNorm};
+#[cfg(feature = "nccl")]
+pub use communicator::nccl::{
+    FolderRendezvous, HostRendezvous, NcclCommunicator, Rendezvous, nccl_serves,
+};
 pub use communicator::{
     Communicator, CommunicatorError,
     counting::{CountingCommunicator, Traffic},

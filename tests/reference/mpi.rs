@@ -2,30 +2,30 @@
 //! body, and the one outside looks at what they printed and how they ended.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used, missing_docs)]
 
+mod copies;
 mod training;
+mod trials;
 mod world;
 
 use std::{
-    env,
-    io::Read,
-    process::{Command, ExitStatus, Stdio},
+    process::ExitStatus,
     sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 use tch::{Device, Kind, Tensor};
 use ulysses::{
-    Batch, Communicator, CommunicatorError, DataLoaderAdapter, Mask, MpiCommunicator, MpiWorld,
-    Options, Preparation, Reduction, Score, UlyssesAttention, cross_entropy, optimizer::Stage,
+    Batch, Communicator, CommunicatorError, DataLoaderAdapter, MpiCommunicator, MpiWorld, Options,
+    Preparation, Reduction, UlyssesAttention, cross_entropy, optimizer::Stage,
 };
-use world::{Inputs, gradients, leaf, noise, shard, uneven_shards};
+use world::{leaf, noise, shard, uneven_shards};
 
 /// For one world. They take a second or two, the one that moves gibibytes ten.
 const TIME_LIMIT: Duration = Duration::from_secs(120);
 
 /// Runs the test called `name` in worlds of these sizes.
 fn worlds(name: &str, sizes: &[usize], body: fn(MpiCommunicator)) {
-    if env::var_os("OMPI_COMM_WORLD_SIZE").is_some() {
+    if copies::is_under_mpirun() {
         tch::set_num_threads(1);
         let world = MpiWorld::initialize().unwrap();
         let communicator = world.communicator().with_time_limit(TIME_LIMIT / 2);
@@ -50,85 +50,7 @@ fn worlds(name: &str, sizes: &[usize], body: fn(MpiCommunicator)) {
 /// A test of this program in a world of `size` processes: how it ended and
 /// what it printed.
 fn launch(name: &str, size: usize) -> (ExitStatus, String) {
-    let mut mpirun = Command::new("mpirun")
-        .args(["--oversubscribe", "-n", &size.to_string()])
-        .arg(env::current_exe().unwrap())
-        .args(["--exact", name, "--nocapture", "--test-threads=1"])
-        .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
-        .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-        .env("OMP_NUM_THREADS", "1")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("these tests need mpirun: install Open MPI");
-    let mut streams: [Box<dyn Read + Send>; 2] = [
-        Box::new(mpirun.stdout.take().unwrap()),
-        Box::new(mpirun.stderr.take().unwrap()),
-    ];
-    thread::scope(|scope| {
-        let readers: Vec<_> = streams
-            .iter_mut()
-            .map(|stream| {
-                scope.spawn(move || {
-                    let mut bytes = Vec::new();
-                    stream.read_to_end(&mut bytes).unwrap();
-                    String::from_utf8_lossy(&bytes).into_owned()
-                })
-            })
-            .collect();
-        let begun = Instant::now();
-        let status = loop {
-            if let Some(status) = mpirun.try_wait().unwrap() {
-                break status;
-            }
-            if begun.elapsed() > TIME_LIMIT {
-                mpirun.kill().unwrap();
-                break mpirun.wait().unwrap();
-            }
-            thread::sleep(Duration::from_millis(20));
-        };
-        (
-            status,
-            readers
-                .into_iter()
-                .map(|reader| reader.join().unwrap())
-                .collect(),
-        )
-    })
-}
-
-/// What rank `from` sends to rank `to`: `length` numbers that say so.
-fn block(from: usize, to: usize, length: usize, kind: Kind) -> Tensor {
-    let first = (100 * from + 10 * to) as i64;
-    Tensor::arange_start(first, first + length as i64, (kind, Device::Cpu))
-}
-
-fn exchange_blocks(communicator: &dyn Communicator, length: fn(usize, usize) -> usize) {
-    let (rank, size) = (communicator.rank(), communicator.size());
-    for kind in [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half] {
-        // Two blocks for each peer, one of them strided.
-        let send: Vec<_> = (0..size)
-            .map(|peer| {
-                let plain = block(rank, peer, length(rank, peer), kind);
-                let pairs = Tensor::stack(&[&plain, &(&plain + 1)], 1);
-                vec![plain, pairs.select(1, 1)]
-            })
-            .collect();
-        let receive: Vec<_> = (0..size)
-            .map(|peer| {
-                let length = length(peer, rank) as i64;
-                let pairs = Tensor::full([length, 2], -1, (kind, Device::Cpu));
-                vec![pairs.select(1, 0), pairs.select(1, 1)]
-            })
-            .collect();
-        communicator.all_to_all(&send, &receive).unwrap();
-        for (peer, got) in receive.iter().enumerate() {
-            let due = block(peer, rank, length(peer, rank), kind);
-            assert_eq!(got[0], due);
-            assert_eq!(got[1], due + 1);
-        }
-    }
+    copies::finish(&mut copies::under_mpirun(name, size), TIME_LIMIT)
 }
 
 #[test]
@@ -137,7 +59,7 @@ fn all_to_all_delivers_equal_counts() {
         "all_to_all_delivers_equal_counts",
         &[1, 2, 3, 4],
         |communicator| {
-            exchange_blocks(&communicator, |_, _| 5);
+            trials::exchange(&communicator, |_, _| 5);
         },
     );
 }
@@ -148,7 +70,7 @@ fn all_to_all_delivers_unequal_and_empty_counts() {
         "all_to_all_delivers_unequal_and_empty_counts",
         &[1, 2, 3, 4],
         |communicator| {
-            exchange_blocks(&communicator, |from, to| 2 * from + to);
+            trials::exchange(&communicator, |from, to| 2 * from + to);
             let nothing: Vec<Vec<Tensor>> = (0..communicator.size()).map(|_| vec![]).collect();
             communicator.all_to_all(&nothing, &nothing).unwrap();
         },
@@ -161,18 +83,13 @@ fn all_gather_gives_all_words_in_rank_order() {
         "all_gather_gives_all_words_in_rank_order",
         &[1, 2, 3, 4],
         |communicator| {
-            let (rank, size) = (communicator.rank() as i64, communicator.size() as i64);
-            let due: Vec<_> = (0..size).map(|rank| vec![rank, i64::MIN + rank]).collect();
-            assert_eq!(
-                communicator.all_gather(&[rank, i64::MIN + rank]).unwrap(),
-                due
-            );
-            assert_eq!(communicator.all_gather(&[]).unwrap().concat(), [0i64; 0]);
+            let rank = communicator.rank() as i64;
+            trials::gather(&communicator);
             // More than are gathered at once.
             let long = |rank: i64| (0..(1 << 21) + 5).map(move |i| (rank << 32) + i);
             let own: Vec<_> = long(rank).collect();
             let gathered = communicator.all_gather(&own).unwrap();
-            assert_eq!(gathered.len() as i64, size);
+            assert_eq!(gathered.len(), communicator.size());
             for (rank, words) in gathered.into_iter().enumerate() {
                 assert!(long(rank as i64).eq(words), "the words of rank {rank}");
             }
@@ -186,37 +103,7 @@ fn attention_has_the_bits_of_one_process() {
         "attention_has_the_bits_of_one_process",
         &[1, 2, 3, 4],
         |communicator| {
-            let (rank, size) = (communicator.rank(), communicator.size());
-            let shards = uneven_shards(13, size);
-            let communicator: Arc<dyn Communicator> = Arc::new(communicator);
-            for kind in [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half] {
-                for (heads, mask) in [((4, 4), Mask::Causal), ((8, 4), Mask::Full)] {
-                    let global = Inputs::new(2, 13, heads, 16, kind);
-                    let inputs = [&global.query, &global.key, &global.value]
-                        .map(|tensor| leaf(&shard(tensor, &shards, rank)));
-                    let options = Options {
-                        score: Score {
-                            mask,
-                            ..Score::default()
-                        },
-                        uneven_heads: true,
-                        ..Options::default()
-                    };
-                    let attention = UlyssesAttention::new(Arc::clone(&communicator), options);
-                    let output = attention
-                        .forward(&inputs[0], &inputs[1], &inputs[2])
-                        .unwrap();
-                    let cotangent = shard(&global.cotangent, &shards, rank);
-                    let got = gradients(&output, &cotangent, inputs);
-                    let due = global
-                        .dense(mask)
-                        .map(|tensor| shard(&tensor, &shards, rank));
-                    // Over three ranks the groups of 8 query heads are split, and
-                    // the cotangents of key and value are summed in another order.
-                    let exact = if size == 3 && heads.0 == 8 { 2 } else { 4 };
-                    assert_eq!(got[..exact], due[..exact], "{kind:?} {heads:?}");
-                }
-            }
+            trials::attention(&(Arc::new(communicator) as Arc<dyn Communicator>));
         },
     );
 }
@@ -327,21 +214,7 @@ fn a_refusal_is_the_same_on_every_rank() {
 fn ranks_of_one_color_form_a_group_in_rank_order() {
     let name = "ranks_of_one_color_form_a_group_in_rank_order";
     worlds(name, &[1, 3, 4], |communicator| {
-        let (rank, size) = (communicator.rank(), communicator.size());
-        let color = |rank: usize| [usize::MAX, 5][rank % 2];
-        let group = communicator.split(color(rank)).unwrap();
-        let due: Vec<_> = (0..size).filter(|&other| other % 2 == rank % 2).collect();
-        assert_eq!(due[group.rank()], rank);
-        // Each group does as much as it likes, and may be split again.
-        for _ in 0..rank % 2 {
-            group.all_gather(&[0]).unwrap();
-        }
-        let gathered = group.all_gather(&[rank as i64]).unwrap().concat();
-        assert!(gathered.into_iter().eq(due.iter().map(|&rank| rank as i64)));
-        exchange_blocks(&*group, |from, to| 2 * from + to);
-        let alone = group.split(rank).unwrap();
-        assert_eq!((alone.rank(), alone.size()), (0, 1));
-        exchange_blocks(&communicator, |from, to| from + to);
+        trials::groups(&communicator);
     });
 }
 
@@ -350,7 +223,7 @@ fn ranks_of_one_color_form_a_group_in_rank_order() {
 #[test]
 fn a_wait_in_a_group_ends() {
     let name = "a_wait_in_a_group_ends";
-    if env::var_os("OMPI_COMM_WORLD_SIZE").is_none() {
+    if !copies::is_under_mpirun() {
         let (status, output) = launch(name, 2);
         assert!(output.contains("rank 0 is done"), "{status}\n{output}");
         assert!(!status.success(), "{output}");
@@ -439,7 +312,7 @@ fn an_exchange_of_more_than_two_gibibytes_arrives_whole() {
 
 #[test]
 fn a_communicator_that_outlives_mpi_refuses() {
-    if env::var_os("OMPI_COMM_WORLD_SIZE").is_none() {
+    if !copies::is_under_mpirun() {
         return worlds("a_communicator_that_outlives_mpi_refuses", &[2], |_| ());
     }
     let world = MpiWorld::initialize().unwrap();
@@ -463,7 +336,7 @@ fn a_communicator_that_outlives_mpi_refuses() {
 #[test]
 fn a_wait_for_a_rank_that_never_comes_ends() {
     let name = "a_wait_for_a_rank_that_never_comes_ends";
-    if env::var_os("OMPI_COMM_WORLD_SIZE").is_none() {
+    if !copies::is_under_mpirun() {
         let begun = Instant::now();
         let (status, output) = launch(name, 2);
         assert!(output.contains("rank 0 is done"), "{status}\n{output}");
@@ -505,7 +378,7 @@ fn a_wait_for_a_rank_that_never_comes_ends() {
 #[test]
 fn a_rank_that_never_comes_to_an_exchange_is_named() {
     let name = "a_rank_that_never_comes_to_an_exchange_is_named";
-    if env::var_os("OMPI_COMM_WORLD_SIZE").is_none() {
+    if !copies::is_under_mpirun() {
         let (status, output) = launch(name, 3);
         assert!(output.contains("rank 0 is done"), "{status}\n{output}");
         return;
@@ -540,7 +413,7 @@ fn a_rank_that_never_comes_to_an_exchange_is_named() {
 #[test]
 fn blocks_that_do_not_fit_are_refused() {
     let name = "blocks_that_do_not_fit_are_refused";
-    if env::var_os("OMPI_COMM_WORLD_SIZE").is_none() {
+    if !copies::is_under_mpirun() {
         let (status, output) = launch(name, 2);
         for line in ["rank 0 is done", "rank 1 is done"] {
             assert!(output.contains(line), "{status}\n{output}");
@@ -571,7 +444,7 @@ fn blocks_that_do_not_fit_are_refused() {
 #[test]
 fn what_a_rank_has_for_itself_must_fit_too() {
     let name = "what_a_rank_has_for_itself_must_fit_too";
-    if env::var_os("OMPI_COMM_WORLD_SIZE").is_none() {
+    if !copies::is_under_mpirun() {
         let (status, output) = launch(name, 1);
         assert!(output.contains("rank 0 is done"), "{status}\n{output}");
         return;
@@ -594,7 +467,7 @@ fn what_a_rank_has_for_itself_must_fit_too() {
 #[test]
 fn a_rank_that_panics_ends_the_world() {
     let name = "a_rank_that_panics_ends_the_world";
-    if env::var_os("OMPI_COMM_WORLD_SIZE").is_none() {
+    if !copies::is_under_mpirun() {
         let begun = Instant::now();
         let (status, output) = launch(name, 2);
         assert!(output.contains("on purpose"), "{status}\n{output}");

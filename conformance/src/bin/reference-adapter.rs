@@ -13,24 +13,37 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use fixtures::exchange::{FOLDER_VARIABLE, Hello, Judge, PROTOCOL, Session, judge_is_gone, serve};
 use nix::sys::signal::{Signal, raise};
 use nix::unistd::{dup2_stderr, dup2_stdout};
 use ulysses::device::local_rank;
 use ulysses::{Communicator, DeviceChoice, MpiWorld};
 use ulysses_conformance::implementation::{
-    Claims, Means, ReferenceRank, TellingCommunicator, claims, kernel,
+    Claims, Means, ReferenceRank, TellingCommunicator, claims, kernel, nccl_communicator,
 };
 
 /// Answers the cases of an exchange with the bundled reference. To be started
 /// by mpirun, with the folder of the exchange in ULYSSES_EXCHANGE.
 #[derive(Debug, Parser)]
 #[command(version)]
-struct Arguments {}
+struct Arguments {
+    /// Over what the ranks exchange
+    #[arg(long, value_enum, default_value = "mpi")]
+    communicator: Carrier,
+}
+
+/// What carries blocks between ranks.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Carrier {
+    /// MPI, by way of the host
+    Mpi,
+    /// NCCL, between GPUs; the ranks find each other over MPI
+    Nccl,
+}
 
 fn main() -> Result<(), Box<dyn Error>> {
-    Arguments::parse();
+    let arguments = Arguments::parse();
     let folder = std::env::var_os(FOLDER_VARIABLE)
         .ok_or_else(|| format!("{FOLDER_VARIABLE} is not set: the judge sets it"))?;
     let (session, info) = Session::open(Path::new(&folder))?;
@@ -42,8 +55,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         kernel: kernel(&info.kernel).ok_or_else(|| format!("no kernel is `{}`", info.kernel))?,
     };
     let world = MpiWorld::initialize()?;
-    let communicator = Arc::new(world.communicator());
-    let rank = communicator.rank();
+    let over_mpi = Arc::new(world.communicator());
+    let rank = over_mpi.rank();
 
     // What this rank says is kept apart from what the others say.
     let log = |stream| File::create(session.log_path(&format!("rank-{rank}"), stream));
@@ -51,6 +64,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     dup2_stderr(log("stderr")?)?;
 
     tch::set_num_threads(1);
+    let (name, communicator): (&str, Arc<dyn Communicator>) = match arguments.communicator {
+        Carrier::Mpi => ("reference-mpi", over_mpi),
+        Carrier::Nccl => {
+            let over_nccl = nccl_communicator(over_mpi, means.device)?;
+            ("reference-nccl", over_nccl)
+        }
+    };
     let Claims {
         features, declared, ..
     } = claims(means)?;
@@ -60,7 +80,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         world: communicator.size(),
         pid: std::process::id(),
         host,
-        implementation: "reference-mpi".to_owned(),
+        implementation: name.to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         libraries: BTreeMap::new(),
         features,

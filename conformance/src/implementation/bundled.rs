@@ -8,6 +8,7 @@ use fixtures::exchange::FOLDER_VARIABLE;
 
 use super::{
     Conditions, External, Implementation, Interrupt, Launch, LaunchError, ReferenceOnThreads,
+    nccl::nccl_serves,
 };
 
 /// An implementation that comes with the harness.
@@ -17,6 +18,8 @@ pub enum Bundled {
     Reference,
     /// The bundled reference under mpirun, behind the exchange
     ReferenceMpi,
+    /// The same, its ranks on GPUs of their own that exchange over NCCL
+    ReferenceNccl,
     /// A Ulysses of some sixty lines in plain PyTorch over gloo, the example
     /// for implementers
     TorchPlain,
@@ -70,7 +73,12 @@ impl Bundled {
                 let reference = ReferenceOnThreads::new(conditions.kernel, conditions.device)?;
                 return Ok(Box::new(reference));
             }
-            Bundled::ReferenceMpi => mpi_launch()?,
+            Bundled::ReferenceMpi => mpi_launch("mpi")?,
+            Bundled::ReferenceNccl => {
+                let device = conditions.device.device(0);
+                nccl_serves(device.map_err(|reason| reason.to_string())?)?;
+                mpi_launch("nccl")?
+            }
             Bundled::TorchPlain => python_launch("torch_plain.py")?,
             Bundled::TorchPlainLlama => python_launch("torch_plain_llama.py")?,
             Bundled::DeepspeedDistributedAttention => {
@@ -105,7 +113,7 @@ fn python_launch(adapter: &str) -> Result<Launch, String> {
         .map_err(|error| format!("{error}: run `make setup`, or set ULYSSES_PYTHON"))
 }
 
-fn mpi_launch() -> Result<Launch, String> {
+fn mpi_launch(communicator: &str) -> Result<Launch, String> {
     let adapter = env::current_exe()
         .map_err(|error| error.to_string())?
         .with_file_name("reference-adapter");
@@ -124,7 +132,7 @@ fn mpi_launch() -> Result<Launch, String> {
                  --mca btl_sm_backing_directory {exchange} \
                  --mca orte_tmpdir_base {exchange} -n {world}"
         .split(' ')
-        .chain([&*adapter]);
+        .chain([&*adapter, "--communicator", communicator]);
     let launch = Launch::new(words.map(str::to_owned).collect())
         .map_err(|error| format!("{error}: run `make setup`, or put an MPI on the PATH"))?;
     let launch = one_thread(launch)

@@ -52,6 +52,14 @@ pub enum CommunicatorError {
         /// MPI's own words.
         message: String,
     },
+    /// NCCL reported an error.
+    #[error("{operation}: NCCL: {message}")]
+    Nccl {
+        /// The collective, or the call.
+        operation: &'static str,
+        /// NCCL's own words.
+        message: String,
+    },
     /// libtorch could not read or write a block.
     #[error("{operation}: libtorch: {message}")]
     Libtorch {
@@ -70,6 +78,21 @@ impl CommunicatorError {
             Self::TimedOut { missing, .. } => missing.first().copied(),
             _ => None,
         }
+    }
+
+    /// The same of a collective that was made of the one that failed.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn in_operation(mut self, whole: &'static str) -> Self {
+        match &mut self {
+            Self::Left { operation, .. }
+            | Self::TimedOut { operation, .. }
+            | Self::Mismatch { operation, .. }
+            | Self::Unusable { operation, .. }
+            | Self::Mpi { operation, .. }
+            | Self::Nccl { operation, .. }
+            | Self::Libtorch { operation, .. } => *operation = whole,
+        }
+        self
     }
 
     pub(crate) fn libtorch(operation: &'static str) -> impl Fn(tch::TchError) -> Self {

@@ -134,13 +134,17 @@ impl Plan {
 
 /// Whether the values of a tensor lie in the memory of the host as they are.
 pub(super) fn is_plain(tensor: &Tensor) -> bool {
+    is_valued(tensor) && tensor.device() == Device::Cpu
+}
+
+/// Whether the values of a tensor lie in the memory of its device as they are.
+pub(super) fn is_valued(tensor: &Tensor) -> bool {
     use Kind::{BFloat16, Bool, Double, Float, Half, Int, Int8, Int16, Int64, Uint8};
     let kind = tensor.f_kind();
     matches!(
         kind,
         Ok(Double | Float | BFloat16 | Half | Int64 | Int | Int16 | Int8 | Uint8 | Bool)
-    ) && tensor.device() == Device::Cpu
-        && !tensor.is_sparse()
+    ) && !tensor.is_sparse()
         && !tensor.is_mkldnn()
         // A view of a complex number may have its sign elsewhere.
         && matches!(tensor.f_is_neg(), Ok(false))

@@ -75,6 +75,7 @@ pub fn reset_peak_memory(device: Device) -> Result<()> {
 
 /// The stream on which torch puts this thread's work on `device`, as CUDA's own
 /// handle; null for the default stream and for a CPU.
+#[cfg_attr(not(feature = "nccl"), allow(dead_code))]
 pub(crate) fn stream(device: Device) -> Result<*mut c_void, TchError> {
     of_cuda(device, std::ptr::null_mut(), ffi::stream)
 }
