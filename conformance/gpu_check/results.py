@@ -48,7 +48,7 @@ def last_words(log: Path) -> str:
     """The last error of a log, or else its last line: why there is nothing to show."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "rror" in line]
-    return (errors or lines or [""])[-1].replace("|", "/")
+    return (errors or lines or [""])[-1].replace("|", "/")[:300]
 
 
 def counted(counts: dict[str, int]) -> str:

@@ -98,6 +98,16 @@ def build() -> str:
     return next(message["executable"] for message in messages if message.get("executable"))
 
 
+def ended(process: subprocess.Popen) -> str:
+    """Ends it, if it still runs, and gives what it has printed."""
+    process.terminate()  # mpirun then ends its ranks, which hold the other end of the pipe
+    try:
+        return process.communicate(timeout=15)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return ""
+
+
 class Run:
     """What was measured, and what could not be."""
 
@@ -139,19 +149,17 @@ class Run:
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for command in commands
         ]
         try:
-            printed = [process.communicate(timeout=LIMIT)[0] for process in started]
-            codes = [process.returncode for process in started]
+            printed, is_late = [process.communicate(timeout=LIMIT)[0] for process in started], False
         except subprocess.TimeoutExpired:
-            self.failed.append(f"{name}: not done after {LIMIT} s")
-            return
-        finally:
-            for process in started:
-                process.kill()
+            printed, is_late = [ended(process) for process in started], True
         lines = [json.loads(line) for text in printed for line in text.splitlines() if line.startswith("{")]
         self.measured += lines
         for line in lines:
             print(json.dumps(line), file=sys.stderr)
-        if any(codes):
+        codes = [process.returncode for process in started]
+        if is_late:
+            self.failed.append(f"{name}: not done after {LIMIT} s")
+        elif any(codes):
             self.failed.append(f"{name}: exit codes {codes}")
 
     def median(self, what: str, by: str, ranks: int, tokens: int) -> float | None:
@@ -210,7 +218,7 @@ def tables(run: Run) -> str:
         name = line["by"] if line["by"] == dense else str(line["ranks"])
         text.append(f"| {name} | {line['tokens']} | {milliseconds(line)} | {run.over(line, dense, 1)} |")
     rival = "torch, nccl" if chosen.device == "cuda" else "torch, gloo"
-    text += ["", f"Exchange of Q, K and V, ranks as processes on {chosen.gpus} GPUs:", ""]
+    text += ["", f"Exchange of Q, K and V, ranks as processes, number of GPUs {chosen.gpus}:", ""]
     text += [f"| by | ranks | tokens | MiB | ms | GB/s | x of {rival} |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for line in lines_of(run, "processes"):
         over = run.over(line, rival, line["ranks"])
