@@ -8,7 +8,12 @@ SHELL := bash
 # What `make demo` judges; any arguments of `ulysses-conformance run` will do.
 ARGS ?= --implementation reference --implementation deepspeed-ulysses-hf
 
-.PHONY: help setup build demo test lint hosts-check
+# Where `make gpu-programs` puts what a machine with a GPU needs, and what
+# `make gpu-check` tells check.py there, `--quick` for instance.
+GPU_PROGRAMS ?= target/gpu-check
+GPU_CHECK ?=
+
+.PHONY: help setup build demo test lint gpu-programs gpu-check hosts-check
 
 help: ## Show this
 	@echo "usage: make TARGET"
@@ -47,6 +52,18 @@ lint: setup ## Check the formatting, clippy's warnings and the documentation's
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+gpu-programs: setup ## Put into a folder what gpu-check needs on a machine without Rust
+	$(announce)
+	.venv/bin/python conformance/gpu_check/programs.py $(GPU_PROGRAMS)
+
+# The folder is enough elsewhere, without make and this checkout:
+# python3 gpu-check/check.py.
+gpu-check: ## Run everything that needs a GPU, and write down what was found
+	@[[ -e $(GPU_PROGRAMS)/check.py ]] || { command -v cargo >/dev/null && $(MAKE) gpu-programs; } || \
+	    { echo "there are no programs in $(GPU_PROGRAMS): make gpu-programs where cargo is, and bring the folder"; exit 1; }
+	@python=$${ULYSSES_PYTHON:-.venv/bin/python}; [[ -x $$python ]] || python=python3; \
+	    $$python $(GPU_PROGRAMS)/check.py --out "$${OUT:-docs/gpu-results}" $(GPU_CHECK)
 
 # Not part of `make test`: it makes network namespaces, as root.
 hosts-check: build ## Judge the reference over MPI on two hosts, and cut one off (root, iproute2)

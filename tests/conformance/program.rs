@@ -2,6 +2,7 @@
 // Not every test uses all of it.
 #![allow(dead_code)]
 
+use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -24,7 +25,11 @@ impl From<Output> for Run {
 
 /// The program, to be given arguments; without a GPU in sight.
 pub(crate) fn program() -> Command {
-    let mut program = Command::new(env!("CARGO_BIN_EXE_ulysses-conformance"));
+    let built = env!("CARGO_BIN_EXE_ulysses-conformance");
+    // Tests that are taken to another machine have it beside them.
+    let beside = env::current_exe().map(|test| test.with_file_name("ulysses-conformance"));
+    let taken = beside.ok().filter(|program| program.exists());
+    let mut program = Command::new(taken.unwrap_or_else(|| PathBuf::from(built)));
     program.env("CUDA_VISIBLE_DEVICES", "");
     program
 }

@@ -1,8 +1,7 @@
 //! The implementations that come with the harness, by name.
 
 use std::env;
-use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::ValueEnum;
 use fixtures::exchange::FOLDER_VARIABLE;
@@ -44,6 +43,8 @@ pub enum Bundled {
 
 /// Where the adapters of this checkout are.
 const ADAPTERS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/adapters");
+/// What their folder is called beside programs that were taken elsewhere.
+const ADAPTERS_BESIDE: &str = "adapters";
 /// The interpreter that `make setup` links.
 const PYTHON: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../.venv/bin/python");
 
@@ -105,7 +106,7 @@ pub fn launch_of(command: &str) -> Result<Launch, LaunchError> {
 
 fn python_launch(adapter: &str) -> Result<Launch, String> {
     let python = env::var("ULYSSES_PYTHON").unwrap_or_else(|_| PYTHON.to_owned());
-    let adapter = Path::new(ADAPTERS).join(adapter);
+    let adapter = adapters().join(adapter);
     let words = vec![python, adapter.to_string_lossy().into_owned()];
     Launch::new(words)
         .map(for_adapters)
@@ -168,12 +169,22 @@ fn carried(by_the_user: Option<String>) -> String {
 
 fn for_adapters(launch: Launch) -> Launch {
     let path = env::var_os("PYTHONPATH").unwrap_or_default();
-    let path = [PathBuf::from(ADAPTERS)]
+    let path = [adapters()]
         .into_iter()
         .chain(env::split_paths(&path).filter(|path| !path.as_os_str().is_empty()));
     // Only a folder with a colon in its name cannot be joined.
-    let path = env::join_paths(path).unwrap_or_else(|_| OsString::from(ADAPTERS));
+    let path = env::join_paths(path).unwrap_or_else(|_| adapters().into());
     one_thread(launch).with_variable("PYTHONPATH", path)
+}
+
+/// The folder of the adapters: beside this program where there is one, which is
+/// how it is taken to a machine without a checkout.
+fn adapters() -> PathBuf {
+    env::current_exe()
+        .map(|program| program.with_file_name(ADAPTERS_BESIDE))
+        .ok()
+        .filter(|folder| folder.is_dir())
+        .unwrap_or_else(|| PathBuf::from(ADAPTERS))
 }
 
 /// Ranks share the cores: more threads than one each only fight for them.
