@@ -70,7 +70,8 @@ def ulysses_attention(
 
 
 def setup(rank: ulysses_kit.Rank) -> None:
-    torch.set_default_device(rank.device)
+    if rank.device.type != "cpu":
+        torch.set_default_device(rank.device)  # for what is made here
     # gloo takes tensors of a GPU too, through the host, and ranks may share one
     dist.init_process_group("gloo", init_method=rank.init_method, rank=rank.rank, world_size=rank.world)
 
