@@ -40,8 +40,8 @@ fn session_info() -> SessionInfo {
     SessionInfo {
         protocol: PROTOCOL,
         world: 1,
-        device: "cuda:1".to_owned(),
-        kernel: "memory-efficient".to_owned(),
+        device: "cpu".to_owned(),
+        kernel: "math".to_owned(),
         time_limit_s: 30.0,
         judge: Judge {
             pid: std::process::id(),
@@ -74,7 +74,14 @@ fn answer_info(status: AnswerStatus) -> AnswerInfo {
 
 #[test]
 fn what_rust_writes_is_valid() {
-    assert_valid("session", &json!(session_info()));
+    for device in ["cpu", "cuda", "cuda:1"] {
+        let device = device.to_owned();
+        let info = SessionInfo {
+            device,
+            ..session_info()
+        };
+        assert_valid("session", &json!(info));
+    }
     assert_valid("case", &json!(case_info()));
     for status in [
         AnswerStatus::Ok,
