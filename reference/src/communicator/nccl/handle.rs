@@ -36,7 +36,7 @@ const CONFIG_VERSION: c_uint = 21_800;
 const UNDEFINED: c_int = c_int::MIN;
 
 pub(super) struct Handle {
-    library: &'static Library,
+    nccl: &'static Library,
     comm: ncclComm_t,
     device: Device,
 }
@@ -53,20 +53,20 @@ pub(super) struct Run {
     pub(super) bytes: usize,
 }
 
-fn library(operation: &'static str) -> Result<&'static Library, CommunicatorError> {
+fn loaded(operation: &'static str) -> Result<&'static Library, CommunicatorError> {
     Library::get().map_err(|reason| CommunicatorError::Unusable { operation, reason })
 }
 
 /// An id for a communicator to be. This process must live until it is made.
 pub(super) fn unique_id() -> Result<UniqueId, CommunicatorError> {
     let operation = "ncclGetUniqueId";
-    let library = library(operation)?;
+    let nccl = loaded(operation)?;
     let mut id = ncclUniqueId {
         internal: [0; size_of::<ncclUniqueId>()],
     };
     // SAFETY: `id` is a place for one.
-    let code = unsafe { (library.get_unique_id)(&raw mut id) };
-    library.check(operation, code)?;
+    let code = unsafe { (nccl.get_unique_id)(&raw mut id) };
+    nccl.check(operation, code)?;
     Ok(id.internal.map(|byte| byte.cast_unsigned()))
 }
 
@@ -78,9 +78,9 @@ impl Handle {
         device: Device,
     ) -> Result<Handle, CommunicatorError> {
         let operation = "ncclCommInitRankConfig";
-        let library = library(operation)?;
+        let nccl = loaded(operation)?;
         let mut handle = Handle {
-            library,
+            nccl,
             comm: ptr::null_mut(),
             device,
         };
@@ -102,7 +102,7 @@ impl Handle {
         // read when it returns. It writes the former before it goes on by
         // itself, and not later.
         let code = unsafe {
-            (library.comm_init_rank_config)(
+            (nccl.comm_init_rank_config)(
                 &raw mut handle.comm,
                 size as c_int,
                 id,
@@ -110,7 +110,7 @@ impl Handle {
                 &raw mut config,
             )
         };
-        library.check(operation, code)?;
+        nccl.check(operation, code)?;
         Ok(handle)
     }
 
@@ -118,9 +118,9 @@ impl Handle {
     pub(super) fn is_ready(&self, operation: &'static str) -> Result<bool, CommunicatorError> {
         let mut state = SUCCESS;
         // SAFETY: the communicator is alive, and `state` a place for a result.
-        let code = unsafe { (self.library.comm_get_async_error)(self.comm, &raw mut state) };
-        self.library.check(operation, code)?;
-        self.library.check(operation, state)?;
+        let code = unsafe { (self.nccl.comm_get_async_error)(self.comm, &raw mut state) };
+        self.nccl.check(operation, code)?;
+        self.nccl.check(operation, state)?;
         Ok(state != IN_PROGRESS)
     }
 
@@ -138,7 +138,7 @@ impl Handle {
         received: &[Run],
     ) -> Result<(), CommunicatorError> {
         const BYTES: c_uint = ncclDataType_t::ncclUint8 as c_uint;
-        let library = self.library;
+        let nccl = self.nccl;
         let stream = device::stream(self.device)
             .map_err(CommunicatorError::libtorch(operation))?
             .cast();
@@ -146,33 +146,33 @@ impl Handle {
         // is reached whatever happens between. Stream and communicator are of
         // one device, and the caller keeps the runs.
         let code = unsafe {
-            library.check(operation, (library.group_start)())?;
+            nccl.check(operation, (nccl.group_start)())?;
             let receives = received.iter().map(|run| {
                 let peer = run.peer as c_int;
-                (library.receive)(run.first, run.bytes, BYTES, peer, self.comm, stream)
+                (nccl.receive)(run.first, run.bytes, BYTES, peer, self.comm, stream)
             });
             let sends = sent.iter().map(|run| {
                 let peer = run.peer as c_int;
-                (library.send)(run.first, run.bytes, BYTES, peer, self.comm, stream)
+                (nccl.send)(run.first, run.bytes, BYTES, peer, self.comm, stream)
             });
             let refused = receives
                 .chain(sends)
-                .map(|code| library.check(operation, code))
+                .map(|code| nccl.check(operation, code))
                 .find(Result::is_err);
-            let ended = (library.group_end)();
+            let ended = (nccl.group_end)();
             refused.unwrap_or(Ok(()))?;
             ended
         };
-        library.check(operation, code)
+        nccl.check(operation, code)
     }
 
     /// An end in agreement, where the others come to theirs in time.
     pub(super) fn end(self) {
         let begun = Instant::now();
         // SAFETY: the communicator is alive and has nothing to do.
-        let code = unsafe { (self.library.comm_finalize)(self.comm) };
+        let code = unsafe { (self.nccl.comm_finalize)(self.comm) };
         let finalize = "ncclCommFinalize";
-        let mut is_ended = self.library.check(finalize, code).map(|()| false);
+        let mut is_ended = self.nccl.check(finalize, code).map(|()| false);
         while let Ok(false) = is_ended {
             if begun.elapsed() >= END_LIMIT {
                 break;
@@ -183,7 +183,7 @@ impl Handle {
         match is_ended {
             Ok(true) => {
                 // SAFETY: it is finalized, and used no more.
-                unsafe { (self.library.comm_destroy)(self.comm) };
+                unsafe { (self.nccl.comm_destroy)(self.comm) };
             }
             _ => {
                 self.abort();
@@ -202,7 +202,7 @@ impl Handle {
             // Where this fails, NCCL sets the device itself.
             let _ = device::set_current(handle.device);
             // SAFETY: used no more by anybody.
-            let code = unsafe { (handle.library.comm_abort)(handle.comm) };
+            let code = unsafe { (handle.nccl.comm_abort)(handle.comm) };
             let _ = done.send(code == SUCCESS);
         });
         aborting.is_ok() && is_done.recv_timeout(END_LIMIT) == Ok(true)
