@@ -52,7 +52,7 @@ def visible(case: ulysses_kit.Case) -> Tensor | None:
     """Which keys a query sees, [B or 1,1,S,S]; None if the causal flag says it all."""
     if case.window is None and case.document_ends is None:
         return None
-    token = torch.arange(case.sequence)
+    token = torch.arange(case.sequence, device=case.position_ids.device)
     distance = token[:, None] - token
     sees = (distance >= 0 if case.causal else torch.ones_like(distance, dtype=torch.bool))[None, None]
     if case.window is not None:
@@ -75,9 +75,9 @@ def rotation(case: ulysses_kit.Case, dtype: torch.dtype) -> tuple[Tensor, Tensor
     torch.distributed.all_gather(shards, case.position_ids, group=LAYER.spg)
     positions = torch.cat(shards, dim=-1)[..., None]  # [B,S,1], or [3,B,S,1]
     if sections := case.rotary["sections"]:
-        component = torch.arange(3).repeat_interleave(torch.tensor(sections))  # of each pair of channels
+        component = [i for i, pairs in enumerate(sections) for _ in range(pairs)]  # of each pair of channels
         positions = positions[component, ..., 0].movedim(0, -1)
-    pair = torch.arange(case.head_size // 2, dtype=torch.float64)
+    pair = torch.arange(case.head_size // 2, dtype=torch.float64, device=case.position_ids.device)
     angle = positions * case.rotary["base"] ** (-2 * pair / case.head_size)
     angle = angle.repeat(1, 1, 2).transpose(0, 1)[:, :, None]
     return angle.cos().to(dtype), angle.sin().to(dtype)

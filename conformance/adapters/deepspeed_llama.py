@@ -33,7 +33,8 @@ def model(weights: dict[str, torch.nn.Parameter], case: ulysses_kit.ModelCase) -
     if case.dtype == "f64":
         raise ulysses_kit.Unsupported("transformers computes in float32 what it computes widest")
     config = LlamaConfig(**case.config, attn_implementation="sdpa", use_cache=False)
-    llama = LlamaForCausalLM(config).train()
+    with case.input_ids.device:
+        llama = LlamaForCausalLM(config).train()
     if config.tie_word_embeddings:
         weights = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
     llama.load_state_dict(weights, assign=True)

@@ -24,8 +24,6 @@ importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 def setup(rank: ulysses_kit.Rank) -> torch.distributed.ProcessGroup:
     """Joins the ranks; returns the sequence-parallel group, made by DeepSpeed's own `parallel_state_sp`."""
-    if rank.device.type != "cpu":
-        torch.set_default_device(rank.device)  # for what the adapters make themselves
     deepspeed.init_distributed(
         "gloo", auto_mpi_discovery=False, init_method=rank.init_method, rank=rank.rank, world_size=rank.world
     )

@@ -52,7 +52,8 @@ def batch(batches: list[dict[str, Tensor]], case: ulysses_kit.BatchCase) -> list
     rows = []
     for entries in batches:
         ids = entries["input_ids"]
-        rows.append({"position_ids": torch.arange(ids.shape[1]).expand_as(ids).contiguous(), **entries})
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        rows.append({"position_ids": positions.contiguous(), **entries})
     loader = UlyssesSPDataLoaderAdapter(
         DataLoader(rows, batch_size=None), case.rank, GROUP, case.world, batches[0]["input_ids"].device
     )

@@ -70,8 +70,6 @@ def ulysses_attention(
 
 
 def setup(rank: ulysses_kit.Rank) -> None:
-    if rank.device.type != "cpu":
-        torch.set_default_device(rank.device)  # for what is made here
     # gloo takes tensors of a GPU too, through the host, and ranks may share one
     dist.init_process_group("gloo", init_method=rank.init_method, rank=rank.rank, world_size=rank.world)
 
@@ -201,7 +199,8 @@ def shard(rows: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def whole_rows(rows: dict[str, Tensor], case: ulysses_kit.BatchCase) -> dict[str, Tensor]:
     """What has to be done before rows are cut: positions are counted, labels shifted, rows filled up."""
-    ids, tokens = rows["input_ids"], torch.arange(rows["input_ids"].shape[1])
+    ids = rows["input_ids"]
+    tokens = torch.arange(ids.shape[1], device=ids.device)
     positions = rows.get("position_ids", tokens.expand_as(ids))
     if case.documents == "ends":
         ends = rows["document_ends"]
@@ -216,7 +215,7 @@ def whole_rows(rows: dict[str, Tensor], case: ulysses_kit.BatchCase) -> dict[str
         whole["attention_mask"] = rows["attention_mask"]
     if case.padding and (missing := -ids.shape[1] % case.padding["multiple"]):
         fill = {"input_ids": case.padding["pad_id"], "shift_labels": case.ignore_index}
-        more = positions[:, -1:] + 1 + torch.arange(missing)
+        more = positions[:, -1:] + 1 + torch.arange(missing, device=ids.device)
         whole = {name: pad(x, (0, missing), value=fill.get(name, 0)) for name, x in whole.items()}
         whole["position_ids"] = torch.cat((positions, more), dim=1)
     return whole
@@ -237,14 +236,14 @@ def bad_rows(rows: dict[str, Tensor], case: ulysses_kit.BatchCase) -> str | None
 @functools.cache  # process groups are made once
 def groups_of(dp_replicate: int, dp_shard: int, sp: int) -> tuple[dict[str, dist.ProcessGroup], list[int]]:
     """The process groups of this rank in a mesh of all ranks, and its coordinates. Every rank calls it."""
-    device = torch.get_default_device().type
-    mesh = init_device_mesh(device, (dp_replicate, dp_shard, sp), mesh_dim_names=("replicate", "shard", "sp"))
+    # "cpu", since gloo takes tensors of a GPU too, and a mesh of "cuda" wants a GPU for each rank
+    mesh = init_device_mesh("cpu", (dp_replicate, dp_shard, sp), mesh_dim_names=("replicate", "shard", "sp"))
     groups = {
         "sequence_parallel": mesh.get_group("sp"),
         "data_parallel_shard": mesh.get_group("shard"),
         "data_parallel_replicate": mesh.get_group("replicate"),
-        "data_parallel": init_device_mesh(device, (dp_replicate * dp_shard, sp)).get_group(0),
-        "sharding": init_device_mesh(device, (dp_replicate, dp_shard * sp)).get_group(1),
+        "data_parallel": init_device_mesh("cpu", (dp_replicate * dp_shard, sp)).get_group(0),
+        "sharding": init_device_mesh("cpu", (dp_replicate, dp_shard * sp)).get_group(1),
     }
     return groups, list(mesh.get_coordinate())
 

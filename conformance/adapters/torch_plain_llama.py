@@ -56,7 +56,7 @@ def norm(x: Tensor, weight: Tensor, case: ulysses_kit.ModelCase) -> Tensor:
 def rotated(x: Tensor, case: ulysses_kit.ModelCase) -> Tensor:
     """Channels c and c + D/2 of each head, turned by position * theta^(-2c/D), in float32 at least."""
     wide, size = case.dloss.dtype, x.shape[3]
-    speeds = case.config["rope_theta"] ** (-torch.arange(0, size, 2, dtype=wide) / size)
+    speeds = case.config["rope_theta"] ** (-torch.arange(0, size, 2, dtype=wide, device=x.device) / size)
     angles = (case.position_ids[..., None] * speeds)[:, :, None]  # [B,s,1,D/2]
     a, b = x.to(wide).chunk(2, dim=3)
     cos, sin = angles.cos(), angles.sin()

@@ -116,6 +116,7 @@ class Run:
         self.program = chosen.program or build()
         self.measured: list[dict] = []
         self.failed: list[str] = []
+        self.left_out: list[str] = []
 
     def program_alone(self, what: str, tokens: list[int], *more: str) -> None:
         self.take(what, [self.words(what, tokens, *more)])
@@ -192,7 +193,7 @@ def measure(run: Run) -> None:
         variables = {}
         if chosen.device == "cuda" and ranks > chosen.gpus:
             if library is None:
-                run.failed.append(f"NCCL, {ranks} ranks on {chosen.gpus} GPUs: give one from 2.32 on in ULYSSES_NCCL")
+                run.left_out.append(f"NCCL, {ranks} ranks on {chosen.gpus} GPUs: give one from 2.32 on in ULYSSES_NCCL")
                 continue
             variables["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
         if chosen.device == "cuda":
@@ -223,8 +224,8 @@ def tables(run: Run) -> str:
     for line in lines_of(run, "processes"):
         over = run.over(line, rival, line["ranks"])
         text.append(f"| {line['by']} | {line['ranks']} | {sizes(line)} | {over} |")
-    if run.failed:
-        text += ["", "Not measured:", "", *(f"- {failure}" for failure in run.failed)]
+    if missing := run.failed + run.left_out:
+        text += ["", "Not measured:", "", *(f"- {words}" for words in missing)]
     return "\n".join(text) + "\n"
 
 
@@ -267,7 +268,7 @@ def main() -> int:
     table = tables(run)
     print(table)
     if chosen.json:
-        result = {"measured": run.measured, "failed": run.failed, "table": table}
+        result = {"measured": run.measured, "failed": run.failed, "left_out": run.left_out, "table": table}
         chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 1 if run.failed else 0
 

@@ -41,7 +41,11 @@ fn with_arguments(mut command: Command, name: &str) -> Command {
 
 /// How it ended, after `limit` by force, and what it printed.
 pub(crate) fn finish(command: &mut Command, limit: Duration) -> (ExitStatus, String) {
+    // By itself Open MPI has one folder for all mpiruns of a user: one that ends
+    // may remove it while another begins.
+    let sessions = tempfile::tempdir().unwrap();
     let mut child = command
+        .env("OMPI_MCA_orte_tmpdir_base", sessions.path())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -54,6 +54,8 @@ fn curves_are_those_of_one_process(name: &str, meshes: &[&str]) {
             .arg(env::current_exe().unwrap())
             .args(["--exact", name, "--nocapture", "--test-threads=1"])
             .env(WORDS, words)
+            // Not the one of all mpiruns: one that ends may remove it while another begins.
+            .env("OMPI_MCA_orte_tmpdir_base", folder.path())
             .output()
             .expect("these tests need mpirun: install Open MPI");
         let said = String::from_utf8_lossy(&ended.stderr);
