@@ -11,11 +11,12 @@ const SOURCES: [&str; 3] = [
     "src/autograd/gradient.cpp",
     "src/device/device.cpp",
 ];
+const HEADER: &str = "src/exception.h";
 const REMEDY: &str = "run `make setup`, or set LIBTORCH to the torch folder of a torch 2.11.0";
 
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
-    for source in SOURCES {
+    for source in SOURCES.into_iter().chain([HEADER]) {
         println!("cargo::rerun-if-changed={source}");
     }
     println!("cargo::rerun-if-env-changed=LIBTORCH");

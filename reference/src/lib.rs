@@ -68,6 +68,7 @@ pub mod cross_attention;
 pub mod device;
 pub mod distributed_attention;
 pub mod error;
+mod exception;
 pub mod exchange;
 pub mod head_norm;
 pub mod head_partition;

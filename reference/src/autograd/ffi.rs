@@ -2,16 +2,18 @@
 //! decides anything.
 //!
 //! Rust errors and panics leave through [`ulysses_answer_failure`], C++
-//! exceptions arrive through [`take_failure`]; neither unwinds across.
+//! exceptions arrive through [`caught`]; neither unwinds across.
 #![allow(unsafe_code)]
 
 use super::Function;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    exception::{Fail, caught},
+};
 use std::{
     any::Any,
     ffi::c_void,
     panic::{AssertUnwindSafe, catch_unwind},
-    slice,
     sync::{Arc, Mutex, PoisonError},
 };
 use tch::Tensor;
@@ -36,9 +38,10 @@ unsafe extern "C" {
         release: extern "C" fn(*mut c_void),
         inputs: *const *const C_tensor,
         count: usize,
-        sink: *mut c_void,
+        outputs: *mut c_void,
         output: extern "C" fn(*mut c_void, *mut C_tensor),
-        fail: extern "C" fn(*mut c_void, *const u8, usize),
+        sink: *mut c_void,
+        fail: Fail,
     );
 }
 
@@ -48,13 +51,6 @@ struct State<F> {
     inputs: usize,
     /// The error of forward with its type, which an exception's text loses.
     failure: Arc<Mutex<Option<Error>>>,
-}
-
-/// Where C++ puts the outputs of [`apply`], or the text of its exception.
-#[derive(Default)]
-struct Sink {
-    outputs: Vec<Tensor>,
-    exception: Option<String>,
 }
 
 pub(super) fn grad_enabled() -> bool {
@@ -70,12 +66,11 @@ pub(super) fn apply<F: Function>(function: F, inputs: &[&Tensor]) -> Result<Vec<
         failure: Arc::clone(&failure),
     });
     let handles: Vec<*const C_tensor> = inputs.iter().map(|input| input.as_ptr()).collect();
-    let mut sink = Sink::default();
+    let mut outputs: Vec<Tensor> = Vec::new();
     // SAFETY: the callee owns `state` from here on and calls `release::<F>` on
     // it exactly once; the passes are those of the same `F`. `handles` and
-    // `sink` outlive the call, and the callee keeps neither. `function.cpp`
-    // lets no exception out.
-    unsafe {
+    // `outputs` outlive the call, and the callee keeps neither.
+    let applied = caught(|sink, fail| unsafe {
         ulysses_autograd_apply(
             Box::into_raw(state).cast(),
             forward::<F>,
@@ -83,19 +78,20 @@ pub(super) fn apply<F: Function>(function: F, inputs: &[&Tensor]) -> Result<Vec<
             release::<F>,
             handles.as_ptr(),
             handles.len(),
-            (&raw mut sink).cast(),
+            (&raw mut outputs).cast(),
             take_output,
-            take_failure,
+            sink,
+            fail,
         );
-    }
-    match sink.exception {
-        None => Ok(sink.outputs),
-        Some(text) => {
+    });
+    match applied {
+        Ok(()) => Ok(outputs),
+        Err(exception) => {
             let kept = failure
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .take();
-            Err(kept.unwrap_or(Error::Libtorch(text)))
+            Err(kept.unwrap_or(Error::Libtorch(exception)))
         }
     }
 }
@@ -156,25 +152,10 @@ extern "C" fn release<F: Function>(state: *mut c_void) {
     let _ = catch_unwind(AssertUnwindSafe(|| drop(state)));
 }
 
-extern "C" fn take_output(sink: *mut c_void, tensor: *mut C_tensor) {
-    // SAFETY: `sink` is the one `apply` passed, alive until it returns, and
-    // the handle is new and ours to free.
-    unsafe {
-        (*sink.cast::<Sink>())
-            .outputs
-            .push(Tensor::from_ptr(tensor))
-    }
-}
-
-extern "C" fn take_failure(sink: *mut c_void, text: *const u8, length: usize) {
-    // SAFETY: as in `take_output`; `text` is alive during this call.
-    let (sink, text) = unsafe {
-        (
-            &mut *sink.cast::<Sink>(),
-            slice::from_raw_parts(text, length),
-        )
-    };
-    sink.exception = Some(String::from_utf8_lossy(text).into_owned());
+extern "C" fn take_output(outputs: *mut c_void, tensor: *mut C_tensor) {
+    // SAFETY: `outputs` are those of `apply`, alive until it returns, and the
+    // handle is new and ours to free.
+    unsafe { (*outputs.cast::<Vec<Tensor>>()).push(Tensor::from_ptr(tensor)) }
 }
 
 /// The tensors behind `count` handles, each new and ours to free.

@@ -12,10 +12,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cstddef>
-#include <exception>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "../exception.h"
 
 namespace {
 
@@ -105,10 +106,11 @@ void ulysses_autograd_apply(
     Release release,
     const at::Tensor* const* inputs,
     size_t count,
-    void* sink,
+    void* outputs,
     void (*output)(void*, at::Tensor*),
-    void (*fail)(void*, const char*, size_t)) {
-  try {
+    void* sink,
+    Fail fail) {
+  guarded(sink, fail, [&] {
     auto state = c10::make_intrusive<State>(rust, forward, backward, release);
     std::vector<at::Tensor> list;
     list.reserve(count);
@@ -116,15 +118,9 @@ void ulysses_autograd_apply(
       list.push_back(*inputs[i]);
     }
     for (const at::Tensor& tensor : RustFunction::apply(state, at::TensorList(list))) {
-      output(sink, new at::Tensor(tensor));
+      output(outputs, new at::Tensor(tensor));
     }
-  } catch (const std::exception& error) {
-    const std::string text = error.what();
-    fail(sink, text.data(), text.size());
-  } catch (...) {
-    const std::string text = "an exception of an unknown kind";
-    fail(sink, text.data(), text.size());
-  }
+  });
 }
 
 } // extern "C"

@@ -12,14 +12,14 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <exception>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "../exception.h"
 
 namespace {
 
@@ -28,7 +28,6 @@ using torch::autograd::Variable;
 
 using Call = bool (*)(void*, at::Tensor*, std::string*);
 using Release = void (*)(void*);
-using Fail = void (*)(void*, const char*, size_t);
 
 struct Callback {
   void* rust;
@@ -61,18 +60,6 @@ struct Hooks : PostAccumulateGradHook {
     }
   }
 };
-
-void guarded(void* sink, Fail fail, const std::function<void()>& body) {
-  try {
-    body();
-  } catch (const std::exception& error) {
-    const std::string text = error.what();
-    fail(sink, text.data(), text.size());
-  } catch (...) {
-    const std::string text = "an exception of an unknown kind";
-    fail(sink, text.data(), text.size());
-  }
-}
 
 } // namespace
 

@@ -2,11 +2,13 @@
 #![allow(unsafe_code)]
 
 use super::ffi::guarded;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    exception::{Fail, caught},
+};
 use std::{
     ffi::c_void,
     panic::{AssertUnwindSafe, catch_unwind},
-    slice,
     sync::{Mutex, TryLockError},
 };
 use tch::Tensor;
@@ -20,7 +22,6 @@ struct Text {
 
 type Call = extern "C" fn(*mut c_void, *mut C_tensor, *mut Text) -> bool;
 type Release = extern "C" fn(*mut c_void);
-type Fail = extern "C" fn(*mut c_void, *const u8, usize);
 
 unsafe extern "C" {
     fn ulysses_hook_failure(failure: *mut Text, text: *const u8, length: usize);
@@ -51,52 +52,30 @@ pub(super) fn add(parameter: &Tensor, ready: Ready) -> Result<u64> {
     let state = Box::new(State {
         ready: Mutex::new(ready),
     });
-    let mut exception: Option<String> = None;
     // SAFETY: the callee owns `state` from here on and calls `release` on it
-    // exactly once. `exception` outlives the call, which keeps nothing else.
-    let id = unsafe {
-        ulysses_hook_add(
-            parameter.as_ptr(),
-            Box::into_raw(state).cast(),
-            call,
-            release,
-            (&raw mut exception).cast(),
-            take_failure,
-        )
-    };
-    match exception {
-        None => Ok(id),
-        Some(text) => Err(Error::Libtorch(text)),
-    }
+    // exactly once.
+    caught(|sink, fail| unsafe {
+        let state = Box::into_raw(state).cast();
+        ulysses_hook_add(parameter.as_ptr(), state, call, release, sink, fail)
+    })
+    .map_err(Error::Libtorch)
 }
 
 pub(super) fn remove(parameter: &Tensor, id: u64) {
     // Called by a destructor, which has nobody to tell of a failure.
-    let mut exception: Option<String> = None;
-    // SAFETY: `exception` outlives the call.
-    unsafe {
-        ulysses_hook_remove(
-            parameter.as_ptr(),
-            id,
-            (&raw mut exception).cast(),
-            take_failure,
-        );
-    }
+    // SAFETY: the parameter is alive.
+    let _ = caught(|sink, fail| unsafe {
+        ulysses_hook_remove(parameter.as_ptr(), id, sink, fail);
+    });
 }
 
 pub(super) fn take(parameter: &Tensor) -> Result<Option<Tensor>> {
-    let mut exception: Option<String> = None;
-    // SAFETY: `exception` outlives the call; the handle that comes back is null
-    // or new and ours to free.
-    let taken = unsafe {
-        let sink = (&raw mut exception).cast();
-        let taken = ulysses_gradient_take(parameter.as_ptr(), sink, take_failure);
+    // SAFETY: the handle that comes back is null or new and ours to free.
+    caught(|sink, fail| unsafe {
+        let taken = ulysses_gradient_take(parameter.as_ptr(), sink, fail);
         (!taken.is_null()).then(|| Tensor::from_ptr(taken))
-    };
-    match exception {
-        None => Ok(taken),
-        Some(text) => Err(Error::Libtorch(text)),
-    }
+    })
+    .map_err(Error::Libtorch)
 }
 
 extern "C" fn call(state: *mut c_void, parameter: *mut C_tensor, failure: *mut Text) -> bool {
@@ -133,16 +112,4 @@ extern "C" fn release(state: *mut c_void) {
     let state = unsafe { Box::from_raw(state.cast::<State>()) };
     // A destructor has nobody to report to; a panic must not reach C++.
     let _ = catch_unwind(AssertUnwindSafe(|| drop(state)));
-}
-
-extern "C" fn take_failure(sink: *mut c_void, text: *const u8, length: usize) {
-    // SAFETY: `sink` is the `exception` of the call that runs, and `text` is
-    // alive during this one.
-    let (sink, text) = unsafe {
-        (
-            &mut *sink.cast::<Option<String>>(),
-            slice::from_raw_parts(text, length),
-        )
-    };
-    *sink = Some(String::from_utf8_lossy(text).into_owned());
 }

@@ -4,8 +4,8 @@
 //! gather of a few words, and an exchange of blocks between every pair of
 //! ranks. It can be split into groups, and [`collectives`] makes sums and
 //! gathers of tensors of it. [`threads`] runs ranks as threads of one process,
-//! [`mpi`] as processes, `nccl` as either on GPUs of
-//! their own, and [`counting`] counts the traffic of any other.
+//! [`mpi`] as processes, `nccl` as either on GPUs of their own, and [`counting`]
+//! counts the traffic of any other.
 //!
 //! The exchange takes *lists of strided views*, not one flat buffer. So Q, K
 //! and V travel in one collective instead of three, and whoever moves the data
@@ -21,6 +21,7 @@ mod blocks;
 pub mod collectives;
 pub mod counting;
 mod error;
+mod groups;
 pub mod mpi;
 #[cfg(feature = "nccl")]
 pub mod nccl;

@@ -35,14 +35,14 @@ pub use folder::FolderRendezvous;
 pub use library::LIBRARY_VARIABLE;
 pub use rendezvous::{HostRendezvous, Rendezvous};
 
-use super::{Communicator, CommunicatorError, blocks};
+use super::{Communicator, CommunicatorError, blocks, groups::Groups};
 use crate::device;
 use handle::{Handle, UniqueId};
 use library::Library;
 use roll_call::{Account, roll_call};
 use std::{
     mem,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -64,7 +64,7 @@ pub struct NcclCommunicator {
     time_limit: Duration,
     state: Mutex<State>,
     /// This rank's ends of the groups that were split off.
-    groups: Mutex<Vec<Weak<NcclCommunicator>>>,
+    groups: Groups<NcclCommunicator>,
 }
 
 struct State {
@@ -114,7 +114,7 @@ impl NcclCommunicator {
                 number: 0,
                 handle: Err("it was not made".to_owned()),
             }),
-            groups: Mutex::default(),
+            groups: Groups::new(),
         };
         match communicator.connect() {
             Ok(handle) => {
@@ -349,18 +349,13 @@ impl Communicator for NcclCommunicator {
             NcclCommunicator::new(rendezvous, self.device, self.time_limit)
         })?;
         let group = Arc::new(group);
-        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
-        groups.retain(|group| group.strong_count() > 0);
-        groups.push(Arc::downgrade(&group));
+        self.groups.add(&group);
         Ok(group)
     }
 
     fn abandon(&self, reason: &str) {
         self.rendezvous.leave(reason);
-        let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
-        for group in groups.iter().filter_map(Weak::upgrade) {
-            group.abandon(reason);
-        }
+        self.groups.abandon(reason);
     }
 }
 

@@ -18,12 +18,12 @@
 //! collective would wait for itself: a thread that was once in an exchange keeps
 //! its backward to itself.
 
-use super::{Communicator, CommunicatorError, blocks};
+use super::{Communicator, CommunicatorError, blocks, groups::Groups};
 use crate::device;
 use std::{
     hint,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -48,7 +48,7 @@ pub struct ThreadCommunicator {
     time_limit: Duration,
     world: Arc<World>,
     /// This rank's ends of the groups that were split off.
-    groups: Mutex<Vec<Weak<ThreadCommunicator>>>,
+    groups: Groups<ThreadCommunicator>,
 }
 
 struct World {
@@ -118,7 +118,7 @@ impl ThreadCommunicator {
                 size,
                 time_limit: TIME_LIMIT,
                 world: Arc::clone(&world),
-                groups: Mutex::default(),
+                groups: Groups::new(),
             })
             .collect()
     }
@@ -278,18 +278,13 @@ impl Communicator for ThreadCommunicator {
             operation,
             reason: "no rank gave this one an end of its group".to_owned(),
         })?);
-        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
-        groups.retain(|group| group.strong_count() > 0);
-        groups.push(Arc::downgrade(&end));
+        self.groups.add(&end);
         Ok(end)
     }
 
     fn abandon(&self, reason: &str) {
         self.depart(reason);
-        let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
-        for group in groups.iter().filter_map(Weak::upgrade) {
-            group.abandon(reason);
-        }
+        self.groups.abandon(reason);
     }
 }
 

@@ -4,8 +4,7 @@
 //
 // All through c10's interfaces that know no vendor. So this file needs no
 // header of CUDA, is compiled against any libtorch, and finds the device when
-// libtorch_cuda has been loaded. Nothing here decides anything: an exception
-// becomes a call of `fail`, and Rust does the rest.
+// libtorch_cuda has been loaded. Nothing here decides anything.
 
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
@@ -14,35 +13,12 @@
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include <cstddef>
 #include <cstdint>
-#include <exception>
 #include <memory>
-#include <string>
+
+#include "../exception.h"
 
 namespace {
-
-using Fail = void (*)(void*, const char*, size_t);
-
-// Whether `body` ended without an exception.
-template <typename Body>
-bool guarded(void* sink, Fail fail, Body body) {
-  try {
-    body();
-    return true;
-  } catch (const c10::Error& error) {
-    // Without the C++ stack, which says nothing to a reader of Rust.
-    const std::string text = error.what_without_backtrace();
-    fail(sink, text.data(), text.size());
-  } catch (const std::exception& error) {
-    const std::string text = error.what();
-    fail(sink, text.data(), text.size());
-  } catch (...) {
-    const std::string text = "an exception of an unknown kind";
-    fail(sink, text.data(), text.size());
-  }
-  return false;
-}
 
 c10::Device cuda(int32_t index) {
   return c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index));
@@ -62,19 +38,19 @@ c10::DeviceAllocator* allocator() {
 
 extern "C" {
 
-bool ulysses_device_set_current(int32_t index, void* sink, Fail fail) {
-  return guarded(sink, fail, [&] { guard().setDevice(cuda(index)); });
+void ulysses_device_set_current(int32_t index, void* sink, Fail fail) {
+  guarded(sink, fail, [&] { guard().setDevice(cuda(index)); });
 }
 
-bool ulysses_device_synchronize(int32_t index, void* sink, Fail fail) {
-  return guarded(sink, fail, [&] {
+void ulysses_device_synchronize(int32_t index, void* sink, Fail fail) {
+  guarded(sink, fail, [&] {
     guard().synchronizeDevice(static_cast<c10::DeviceIndex>(index));
   });
 }
 
 // The handle of the stream on which torch puts the work of this thread.
-bool ulysses_device_stream(int32_t index, void** handle, void* sink, Fail fail) {
-  return guarded(sink, fail, [&] {
+void ulysses_device_stream(int32_t index, void** handle, void* sink, Fail fail) {
+  guarded(sink, fail, [&] {
     const auto implementation = guard();
     const c10::Stream stream = implementation.getStream(cuda(index));
     *handle = implementation.getStreamNativeHandle(stream);
@@ -82,8 +58,8 @@ bool ulysses_device_stream(int32_t index, void** handle, void* sink, Fail fail) 
 }
 
 // An event that has been recorded on that stream.
-bool ulysses_event_record(int32_t index, void** event, void* sink, Fail fail) {
-  return guarded(sink, fail, [&] {
+void ulysses_event_record(int32_t index, void** event, void* sink, Fail fail) {
+  guarded(sink, fail, [&] {
     const c10::Stream stream = guard().getStream(cuda(index));
     auto recorded = std::make_unique<c10::Event>(
         c10::DeviceType::CUDA, c10::EventFlag::BACKEND_DEFAULT);
@@ -92,21 +68,21 @@ bool ulysses_event_record(int32_t index, void** event, void* sink, Fail fail) {
   });
 }
 
-bool ulysses_event_query(const void* event, bool* reached, void* sink, Fail fail) {
-  return guarded(sink, fail, [&] {
+void ulysses_event_query(const void* event, bool* reached, void* sink, Fail fail) {
+  guarded(sink, fail, [&] {
     *reached = static_cast<const c10::Event*>(event)->query();
   });
 }
 
-bool ulysses_event_synchronize(const void* event, void* sink, Fail fail) {
-  return guarded(sink, fail, [&] {
+void ulysses_event_synchronize(const void* event, void* sink, Fail fail) {
+  guarded(sink, fail, [&] {
     static_cast<const c10::Event*>(event)->synchronize();
   });
 }
 
-bool ulysses_event_milliseconds(
+void ulysses_event_milliseconds(
     const void* from, const void* to, double* milliseconds, void* sink, Fail fail) {
-  return guarded(sink, fail, [&] {
+  guarded(sink, fail, [&] {
     *milliseconds =
         static_cast<const c10::Event*>(from)->elapsedTime(*static_cast<const c10::Event*>(to));
   });
@@ -114,9 +90,9 @@ bool ulysses_event_milliseconds(
 
 void ulysses_event_free(void* event) { delete static_cast<c10::Event*>(event); }
 
-bool ulysses_device_memory(
+void ulysses_device_memory(
     int32_t index, uint64_t* free, uint64_t* total, void* sink, Fail fail) {
-  return guarded(sink, fail, [&] {
+  guarded(sink, fail, [&] {
     const auto memory = allocator()->getMemoryInfo(static_cast<c10::DeviceIndex>(index));
     *free = memory.first;
     *total = memory.second;
@@ -124,8 +100,8 @@ bool ulysses_device_memory(
 }
 
 // The most bytes that tensors held since the last `_reset_peak`.
-bool ulysses_device_peak(int32_t index, uint64_t* bytes, void* sink, Fail fail) {
-  return guarded(sink, fail, [&] {
+void ulysses_device_peak(int32_t index, uint64_t* bytes, void* sink, Fail fail) {
+  guarded(sink, fail, [&] {
     const auto stats = allocator()->getDeviceStats(static_cast<c10::DeviceIndex>(index));
     constexpr auto all =
         static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
@@ -133,16 +109,16 @@ bool ulysses_device_peak(int32_t index, uint64_t* bytes, void* sink, Fail fail) 
   });
 }
 
-bool ulysses_device_reset_peak(int32_t index, void* sink, Fail fail) {
-  return guarded(sink, fail, [&] {
+void ulysses_device_reset_peak(int32_t index, void* sink, Fail fail) {
+  guarded(sink, fail, [&] {
     allocator()->resetPeakStats(static_cast<c10::DeviceIndex>(index));
   });
 }
 
 // Room for `like` in memory of the host that a device copies from and to by
 // itself.
-bool ulysses_pinned(const at::Tensor* like, at::Tensor** tensor, void* sink, Fail fail) {
-  return guarded(sink, fail, [&] {
+void ulysses_pinned(const at::Tensor* like, at::Tensor** tensor, void* sink, Fail fail) {
+  guarded(sink, fail, [&] {
     const auto options = at::TensorOptions().dtype(like->dtype()).pinned_memory(true);
     *tensor = new at::Tensor(at::empty(like->sizes(), options));
   });

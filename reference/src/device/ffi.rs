@@ -2,44 +2,25 @@
 //! decides anything.
 #![allow(unsafe_code)]
 
-use std::{
-    ffi::{c_char, c_void},
-    ptr, slice,
-};
+use crate::exception::{Fail, caught};
+use std::{ffi::c_void, ptr};
 use tch::{TchError, Tensor};
 use torch_sys::C_tensor;
 
-type Fail = extern "C" fn(*mut c_void, *const c_char, usize);
-
 unsafe extern "C" {
-    fn ulysses_device_set_current(index: i32, sink: *mut c_void, fail: Fail) -> bool;
-    fn ulysses_device_synchronize(index: i32, sink: *mut c_void, fail: Fail) -> bool;
-    fn ulysses_device_stream(
-        index: i32,
-        handle: *mut *mut c_void,
-        sink: *mut c_void,
-        fail: Fail,
-    ) -> bool;
-    fn ulysses_event_record(
-        index: i32,
-        event: *mut *mut c_void,
-        sink: *mut c_void,
-        fail: Fail,
-    ) -> bool;
-    fn ulysses_event_query(
-        event: *const c_void,
-        reached: *mut bool,
-        sink: *mut c_void,
-        fail: Fail,
-    ) -> bool;
-    fn ulysses_event_synchronize(event: *const c_void, sink: *mut c_void, fail: Fail) -> bool;
+    fn ulysses_device_set_current(index: i32, sink: *mut c_void, fail: Fail);
+    fn ulysses_device_synchronize(index: i32, sink: *mut c_void, fail: Fail);
+    fn ulysses_device_stream(index: i32, handle: *mut *mut c_void, sink: *mut c_void, fail: Fail);
+    fn ulysses_event_record(index: i32, event: *mut *mut c_void, sink: *mut c_void, fail: Fail);
+    fn ulysses_event_query(event: *const c_void, reached: *mut bool, sink: *mut c_void, fail: Fail);
+    fn ulysses_event_synchronize(event: *const c_void, sink: *mut c_void, fail: Fail);
     fn ulysses_event_milliseconds(
         from: *const c_void,
         to: *const c_void,
         milliseconds: *mut f64,
         sink: *mut c_void,
         fail: Fail,
-    ) -> bool;
+    );
     fn ulysses_event_free(event: *mut c_void);
     fn ulysses_device_memory(
         index: i32,
@@ -47,40 +28,23 @@ unsafe extern "C" {
         total: *mut u64,
         sink: *mut c_void,
         fail: Fail,
-    ) -> bool;
-    fn ulysses_device_peak(index: i32, bytes: *mut u64, sink: *mut c_void, fail: Fail) -> bool;
-    fn ulysses_device_reset_peak(index: i32, sink: *mut c_void, fail: Fail) -> bool;
+    );
+    fn ulysses_device_peak(index: i32, bytes: *mut u64, sink: *mut c_void, fail: Fail);
+    fn ulysses_device_reset_peak(index: i32, sink: *mut c_void, fail: Fail);
     fn ulysses_pinned(
         like: *const C_tensor,
         tensor: *mut *mut C_tensor,
         sink: *mut c_void,
         fail: Fail,
-    ) -> bool;
+    );
     fn ulysses_keep_backward_on_this_thread();
     fn ulysses_backward_is_on_this_thread() -> bool;
     fn ulysses_attention_switches() -> u8;
     fn ulysses_set_attention_switches(switches: u8);
 }
 
-/// What `call` filled in, or the words of the exception that it met.
-fn checked(call: impl FnOnce(*mut c_void, Fail) -> bool) -> Result<(), TchError> {
-    let mut text = String::new();
-    match call((&raw mut text).cast(), take_text) {
-        true => Ok(()),
-        false => Err(TchError::Torch(text)),
-    }
-}
-
-extern "C" fn take_text(sink: *mut c_void, text: *const c_char, length: usize) {
-    // SAFETY: `sink` is the string of `checked`, which waits for the call, and
-    // `text` is alive during it.
-    let (sink, text) = unsafe {
-        (
-            &mut *sink.cast::<String>(),
-            slice::from_raw_parts(text.cast::<u8>(), length),
-        )
-    };
-    *sink = String::from_utf8_lossy(text).into_owned();
+fn checked(call: impl FnOnce(*mut c_void, Fail)) -> Result<(), TchError> {
+    caught(call).map_err(TchError::Torch)
 }
 
 pub(super) fn set_current(index: i32) -> Result<(), TchError> {
