@@ -226,15 +226,9 @@ fn every_kernel_there_is_agrees() {
 
 fn a_device_tells_of_its_memory() {
     let device = DeviceChoice::Cuda.device(0).unwrap();
-    const BYTES: u64 = 64 << 20;
-    device::reset_peak_memory(device).unwrap();
-    let before = device::peak_memory(device).unwrap().unwrap();
-    drop(Tensor::zeros([BYTES as i64], (Kind::Uint8, device)));
-    device::synchronize(device).unwrap();
-    let peak = device::peak_memory(device).unwrap().unwrap();
-    assert_eq!(peak - before, BYTES);
     let (free, total) = device::memory(device).unwrap().unwrap();
     assert!(0 < free && free <= total);
+    assert_eq!(device::memory(Device::Cpu).unwrap(), None);
 }
 
 fn events_come_in_order() {

@@ -62,8 +62,6 @@ pub(crate) fn seconds_of_threads<W: FnMut()>(
     let run = move |end: ThreadCommunicator| {
         tch::set_num_threads(1);
         device::set_current(device).unwrap();
-        // The ranks' collectives in backward wait for one another.
-        device::keep_backward_on_this_thread();
         let end: Arc<dyn Communicator> = Arc::new(end);
         seconds(&*end, device, repetitions, prepare(Arc::clone(&end)))
     };

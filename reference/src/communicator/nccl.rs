@@ -32,13 +32,12 @@ mod roll_call;
 mod transfer;
 
 pub use folder::FolderRendezvous;
-pub use library::LIBRARY_VARIABLE;
 pub use rendezvous::{HostRendezvous, Rendezvous};
 
 use super::{Communicator, CommunicatorError, blocks, groups::Groups};
 use crate::device;
 use handle::{Handle, UniqueId};
-use library::Library;
+use library::{LIBRARY_VARIABLE, Library};
 use roll_call::{Account, roll_call};
 use std::{
     mem,

@@ -99,22 +99,6 @@ void ulysses_device_memory(
   });
 }
 
-// The most bytes that tensors held since the last `_reset_peak`.
-void ulysses_device_peak(int32_t index, uint64_t* bytes, void* sink, Fail fail) {
-  guarded(sink, fail, [&] {
-    const auto stats = allocator()->getDeviceStats(static_cast<c10::DeviceIndex>(index));
-    constexpr auto all =
-        static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
-    *bytes = static_cast<uint64_t>(stats.allocated_bytes[all].peak);
-  });
-}
-
-void ulysses_device_reset_peak(int32_t index, void* sink, Fail fail) {
-  guarded(sink, fail, [&] {
-    allocator()->resetPeakStats(static_cast<c10::DeviceIndex>(index));
-  });
-}
-
 // Room for `like` in memory of the host that a device copies from and to by
 // itself.
 void ulysses_pinned(const at::Tensor* like, at::Tensor** tensor, void* sink, Fail fail) {
@@ -126,10 +110,6 @@ void ulysses_pinned(const at::Tensor* like, at::Tensor** tensor, void* sink, Fai
 
 void ulysses_keep_backward_on_this_thread() {
   c10::AutogradState::get_tls_state().set_multithreading_enabled(false);
-}
-
-bool ulysses_backward_is_on_this_thread() {
-  return !c10::AutogradState::get_tls_state().get_multithreading_enabled();
 }
 
 // The switches of torch's scaled_dot_product_attention, which are the whole

@@ -29,8 +29,6 @@ unsafe extern "C" {
         sink: *mut c_void,
         fail: Fail,
     );
-    fn ulysses_device_peak(index: i32, bytes: *mut u64, sink: *mut c_void, fail: Fail);
-    fn ulysses_device_reset_peak(index: i32, sink: *mut c_void, fail: Fail);
     fn ulysses_pinned(
         like: *const C_tensor,
         tensor: *mut *mut C_tensor,
@@ -38,7 +36,6 @@ unsafe extern "C" {
         fail: Fail,
     );
     fn ulysses_keep_backward_on_this_thread();
-    fn ulysses_backward_is_on_this_thread() -> bool;
     fn ulysses_attention_switches() -> u8;
     fn ulysses_set_attention_switches(switches: u8);
 }
@@ -75,18 +72,6 @@ pub(super) fn memory(index: i32) -> Result<(u64, u64), TchError> {
     Ok((free, total))
 }
 
-pub(super) fn peak(index: i32) -> Result<u64, TchError> {
-    let mut bytes = 0;
-    // SAFETY: a place for a number.
-    checked(|sink, fail| unsafe { ulysses_device_peak(index, &raw mut bytes, sink, fail) })?;
-    Ok(bytes)
-}
-
-pub(super) fn reset_peak(index: i32) -> Result<(), TchError> {
-    // SAFETY: as for `set_current`.
-    checked(|sink, fail| unsafe { ulysses_device_reset_peak(index, sink, fail) })
-}
-
 pub(super) fn pinned(like: &Tensor) -> Result<Tensor, TchError> {
     let mut tensor = ptr::null_mut();
     // SAFETY: `like` is alive, and `tensor` a place for a pointer.
@@ -98,11 +83,6 @@ pub(super) fn pinned(like: &Tensor) -> Result<Tensor, TchError> {
 pub(super) fn keep_backward_on_this_thread() {
     // SAFETY: sets one thread-local flag.
     unsafe { ulysses_keep_backward_on_this_thread() }
-}
-
-pub(super) fn backward_is_on_this_thread() -> bool {
-    // SAFETY: reads one thread-local flag.
-    unsafe { ulysses_backward_is_on_this_thread() }
 }
 
 pub(super) fn attention_switches() -> u8 {

@@ -56,23 +56,6 @@ pub fn memory(device: Device) -> Result<Option<(u64, u64)>> {
     Ok(of_cuda(device, None, |index| ffi::memory(index).map(Some))?)
 }
 
-/// The most bytes that tensors held on a GPU since [`reset_peak_memory`];
-/// `None` for a CPU.
-///
-/// # Errors
-/// When CUDA refuses.
-pub fn peak_memory(device: Device) -> Result<Option<u64>> {
-    Ok(of_cuda(device, None, |index| ffi::peak(index).map(Some))?)
-}
-
-/// Forgets how many bytes tensors held on a GPU.
-///
-/// # Errors
-/// When CUDA refuses.
-pub fn reset_peak_memory(device: Device) -> Result<()> {
-    Ok(of_cuda(device, (), ffi::reset_peak)?)
-}
-
 /// The stream on which torch puts this thread's work on `device`, as CUDA's own
 /// handle; null for the default stream and for a CPU.
 #[cfg_attr(not(feature = "nccl"), allow(dead_code))]
@@ -95,13 +78,8 @@ pub(crate) fn staging(like: &Tensor) -> Result<Tensor, TchError> {
 /// torch gives the backward of all threads to one thread for each GPU. Where
 /// ranks are threads, that one would have to be in a collective for several
 /// ranks at once, and waits for itself.
-pub fn keep_backward_on_this_thread() {
+pub(crate) fn keep_backward_on_this_thread() {
     ffi::keep_backward_on_this_thread();
-}
-
-/// Whether [`keep_backward_on_this_thread`] was called on this thread.
-pub fn backward_is_on_this_thread() -> bool {
-    ffi::backward_is_on_this_thread()
 }
 
 /// torch's switches of attention kernels: a bit for each, the whole process'.

@@ -20,7 +20,7 @@ use std::{
 };
 
 /// Names a library of NCCL, which is then the only one that is tried.
-pub const LIBRARY_VARIABLE: &str = "ULYSSES_NCCL";
+pub(super) const LIBRARY_VARIABLE: &str = "ULYSSES_NCCL";
 /// libtorch's CUDA library has loaded the first already, where there is one.
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 
